@@ -1,0 +1,1 @@
+"""Fine-grained image-text retrieval: encoders, slimming, alignment, losses, metrics, engine."""

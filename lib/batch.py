@@ -1,0 +1,117 @@
+"""What flows through the house: `Batch` (words and pixels) and `Tokens` (features)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """Return the (B, width) bool mask that is True at the first `lengths[b]` positions of row b."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+@dataclass
+class Batch:
+    """Matching image-caption pairs as the loader hands them out; row i of every field is pair i.
+
+    At evaluation a batch holds images only or captions only, and the other fields are None.
+    """
+
+    pixels: Tensor | None = None  # (B, 3, R, R) uint8, or (B, N, F) float32 precomputed regions
+    pixel_lengths: Tensor | None = None  # (B,) valid regions per image; None for pixels
+    ids: Tensor | None = None  # (B, M) word ids, padded with [PAD]
+    lengths: Tensor | None = None  # (B,) words per caption, [CLS] and [SEP] included
+    image_ids: Tensor | None = None  # (B,) equal where two pairs share an image
+    caption_index: Tensor | None = None  # (B,) line number of the caption in the split, from 0
+    dense_ids: Tensor | None = None  # (B, M_d) word ids of the dense text of the pair's image
+    dense_lengths: Tensor | None = None  # (B,)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with every tensor on `device`."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = None if value is None else value.to(device, non_blocking=True)
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (called by the loader's pinning thread)."""
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: None if v is None else v.pin_memory() for k, v in pinned.items()})
+
+
+@dataclass
+class Tokens:
+    """Features of B images or B captions.
+
+    A method that pools hands out one local token an image or caption: `local` is (B, 1, C).
+    """
+
+    local: Tensor  # (B, N, C) patches, regions or words, without an image's [CLS]
+    mask: Tensor  # (B, N) bool, True where the token is real
+    cls: Tensor | None = None  # (B, 1, C) the image encoder's [CLS], where it has one
+    dense: Tokens | None = None  # dense text that belongs to these images or captions
+
+    def __len__(self) -> int:
+        return self.local.shape[0]
+
+    def __getitem__(self, index) -> Tokens:
+        """Return the rows that a slice, a list or an index tensor names."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, *args, **kwargs) -> Tokens:
+        """Return the tokens moved or cast; the mask stays bool."""
+        device_only = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
+        device_args = [a for a in args if not isinstance(a, torch.dtype)]
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.bool:
+                return (
+                    tensor.to(*device_args, **device_only) if device_args or device_only else tensor
+                )
+            return tensor.to(*args, **kwargs)
+
+        return self._map(move)
+
+    def detach(self) -> Tokens:
+        """Return the tokens cut off from the graph."""
+        return self._map(lambda tensor: tensor.detach())
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) number of real tokens in each row."""
+        return self.mask.sum(1)
+
+    def padded(self, width: int) -> Tokens:
+        """Return the tokens with `local` padded by zeros (mask False) to `width` positions."""
+        extra = width - self.local.shape[1]
+        if extra <= 0:
+            return self
+        return Tokens(
+            pad(self.local, (0, 0, 0, extra)), pad(self.mask, (0, extra)), self.cls, self.dense
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """Return the rows of all parts in order, padded to the longest part."""
+        width = max(part.local.shape[1] for part in parts)
+        even = [part.padded(width) for part in parts]
+        return Tokens(
+            local=torch.cat([part.local for part in even]),
+            mask=torch.cat([part.mask for part in even]),
+            cls=None if even[0].cls is None else torch.cat([part.cls for part in even]),
+            dense=None if even[0].dense is None else Tokens.cat([part.dense for part in even]),
+        )
+
+    def _map(self, change) -> Tokens:
+        return Tokens(
+            local=change(self.local),
+            mask=change(self.mask),
+            cls=None if self.cls is None else change(self.cls),
+            dense=None if self.dense is None else self.dense._map(change),
+        )

@@ -1,0 +1,128 @@
+"""Process group set-up, and gathers that carry gradient.
+
+Every rank computes the same global loss from gathered rows. The backward pass of a gather adds up
+what the ranks sent, so each rank holds `world` times its share of the gradient; averaging over the
+ranks, as DistributedDataParallel does, then gives the gradient of one process on the global batch.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lib.batch import Tokens
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 outside distributed runs."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number, 0 outside distributed runs."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Return True on the one process that writes files and prints."""
+    return rank() == 0
+
+
+def start(backend: str, url: str = "env://", world: int = -1, this_rank: int = -1) -> None:
+    """Join the process group: from torchrun's environment, or from explicit `world`/`this_rank`.
+
+    Raises whatever `init_process_group` raises where the rendezvous fails.
+    """
+    if dist.is_initialized():
+        return
+    from_environment = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    dist.init_process_group(
+        backend=backend,
+        init_method="env://" if from_environment else url,
+        world_size=-1 if from_environment else world,
+        rank=-1 if from_environment else this_rank,
+        timeout=timedelta(minutes=30),
+    )
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_sizes(size: int, device: torch.device) -> list[int]:
+    """Return every rank's `size`, in rank order."""
+    if world_size() == 1:
+        return [size]
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([size], device=device))
+    return [int(one) for one in sizes]
+
+
+def gather_rows(rows: Tensor, sizes: list[int] | None = None) -> Tensor:
+    """Return the rows of all ranks, (Σ B_r, …), with gradient back to the rank they came from.
+
+    Ranks may hold different numbers of rows, not different trailing shapes. `sizes` spares the
+    exchange of the row counts where the caller knows them.
+    """
+    if world_size() == 1:
+        return rows
+    sizes = gather_sizes(rows.shape[0], rows.device) if sizes is None else sizes
+    if rows.dtype == torch.bool:
+        return _GatherRows.apply(rows.to(torch.uint8), sizes).bool()
+    return _GatherRows.apply(rows, sizes)
+
+
+def gather_tokens(tokens: Tokens) -> Tokens:
+    """Return the tokens of all ranks in rank order, padded to the longest on any rank."""
+    if world_size() == 1:
+        return tokens
+    sizes = gather_sizes(len(tokens), tokens.local.device)
+    width = max(gather_sizes(tokens.local.shape[1], tokens.local.device))
+    even = tokens.padded(width)
+    return Tokens(
+        local=gather_rows(even.local, sizes),
+        mask=gather_rows(even.mask, sizes),
+        cls=None if even.cls is None else gather_rows(even.cls, sizes),
+        dense=None if even.dense is None else gather_tokens(even.dense),
+    )
+
+
+def all_true(flag: bool, device: torch.device) -> bool:
+    """Return True where `flag` is True on every rank."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return bool(value)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        longest = max(sizes)
+        room = (0, 0) * (rows.dim() - 1) + (0, longest - rows.shape[0])
+        padded = pad(rows, room).contiguous()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        first = sum(ctx.sizes[: rank()])
+        return gradient[first : first + ctx.sizes[rank()]], None

@@ -1,0 +1,271 @@
+"""What a method is: tokens of images, tokens of captions, a similarity, losses."""
+
+from __future__ import annotations
+
+import argparse
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.batch import Tokens
+from lib.distributed import gather_rows, gather_tokens
+from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.errors import InputError
+from lib.losses import AlignmentLoss
+
+Prepared = dict[str, Tensor]
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model flags that several methods read; names follow the LAPS family."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--embed_size", type=int, default=512, help="width C of the joint space")
+    group.add_argument(
+        "--vit_type",
+        default="vit",
+        help="image encoder: vit|vit_224, vit_384, swin|swin_224, swin_384, tiny (from scratch), "
+        "a Hugging Face id or a local folder",
+    )
+    group.add_argument(
+        "--bert_path",
+        default="bert-base-uncased",
+        help="text encoder: a Hugging Face id, a local folder, or tiny (from scratch)",
+    )
+    group.add_argument("--img_res", type=int, default=224, help="image side in pixels")
+    group.add_argument(
+        "--max_word", type=int, default=90, help="longest caption in word pieces; the rest is cut"
+    )
+    group.add_argument(
+        "--max_dense_word", type=int, default=0, help="the same for dense texts; 0: as --max_word"
+    )
+    group.add_argument("--tiny_width", type=int, default=64, help="width of the tiny encoders")
+    group.add_argument("--tiny_layers", type=int, default=2, help="layers of the tiny encoders")
+    group.add_argument("--tiny_patch_size", type=int, default=16, help="patch of the tiny ViT")
+    group.add_argument(
+        "--shard_size",
+        type=int,
+        default=64,
+        help="the similarity works on at most shard_size x shard_size pairs at once",
+    )
+    group.add_argument("--gradient_checkpointing", type=int, default=0, help="backbones recompute")
+
+    slimming = parser.add_argument_group("patch slimming (seps, laps and their kin)")
+    slimming.add_argument("--sparse_ratio", type=float, default=0.5, help="share of patches kept")
+    slimming.add_argument(
+        "--aggr_ratio", type=float, default=0.4, help="aggregated patches per kept patch"
+    )
+    slimming.add_argument(
+        "--attention_weight", type=float, default=0.8, help="attention's share of a patch's score"
+    )
+    slimming.add_argument("--ratio_weight", type=float, default=2.0, help="weight of ratio loss")
+    slimming.add_argument(
+        "--detach_patches",
+        type=int,
+        default=None,
+        help="1: patches are taken without gradient, as the released SEPS code does (its preset's "
+        "default); 0: with gradient (the default elsewhere)",
+    )
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss",
+        default="vse",
+        choices=["vse", "trip", "infonce"],
+        help="vse: hinge triplet; trip: distance-weighted sampling; infonce: symmetric InfoNCE",
+    )
+    loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")
+
+
+def check_slimming(args: argparse.Namespace) -> None:
+    """Raise InputError where a flag of the slimming group is out of range."""
+    for flag, low_open in (
+        ("sparse_ratio", True),
+        ("aggr_ratio", True),
+        ("attention_weight", False),
+    ):
+        value = getattr(args, flag)
+        if not (0 < value <= 1 if low_open else 0 <= value <= 1):
+            interval = "(0, 1]" if low_open else "[0, 1]"
+            raise InputError(f"--{flag} {value}: give a number in {interval}")
+
+
+class Method(nn.Module):
+    """Base of all methods; a subclass is one file and one `@register_method`.
+
+    A subclass writes `score` for one chunk of pairs; `similarity` cuts all pairs into chunks of at
+    most `shard_size` x `shard_size`, recomputing each in the backward pass so that memory is that
+    of one chunk. What depends on the image or caption alone goes into `prepare_images` and
+    `prepare_texts`, done once.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder | nn.Module | None,
+        text_encoder: TextEncoder | nn.Module,
+        criterion: AlignmentLoss,
+        shard_size: int = 64,
+        dense_owner: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.criterion = criterion
+        self.shard_size = shard_size
+        self.dense_owner = dense_owner
+
+    @classmethod
+    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
+        """Add the flags that this method alone reads."""
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> Method:
+        """Return the method that `args` describes; the only place that sees the Namespace."""
+        raise NotImplementedError
+
+    @classmethod
+    def wants_dense(cls, args: argparse.Namespace) -> str | None:
+        """Return who is given the dense text under `args`: "image", "caption" or None."""
+        return None
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        """Raise InputError where flags contradict each other; called before anything is loaded."""
+
+    @property
+    def protocol(self) -> str:
+        """Return the evaluation protocol of SPEC 8: image, none or oracle."""
+        return {"image": "image", "caption": "oracle", None: "none"}[self.dense_owner]
+
+    @property
+    def may_leave_unused(self) -> bool:
+        """Return True where a training step can leave a parameter without gradient (for DDP)."""
+        return False
+
+    def set_hard_negatives(self, hard: bool) -> None:
+        """Use the hardest negative of each row and column instead of the sum over all."""
+        self.criterion.hard_negatives = hard
+
+    # --- encoding ------------------------------------------------------------------------------
+
+    def encode_images(
+        self,
+        pixels: Tensor,
+        dense_ids: Tensor | None = None,
+        dense_lengths: Tensor | None = None,
+        pixel_lengths: Tensor | None = None,
+    ) -> Tokens:
+        """Return the images' tokens: local (B_v, L, C), mask, cls, and dense words where given."""
+        tokens = self.image_encoder(pixels)
+        tokens.dense = self._encode_dense("image", dense_ids, dense_lengths)
+        return tokens
+
+    def encode_texts(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        dense_ids: Tensor | None = None,
+        dense_lengths: Tensor | None = None,
+    ) -> Tokens:
+        """Return the captions' tokens: local (B_t, M, C), mask, and dense words where given."""
+        tokens = self.text_encoder(ids, lengths)
+        tokens.dense = self._encode_dense("caption", dense_ids, dense_lengths)
+        return tokens
+
+    def _encode_dense(self, owner: str, ids: Tensor | None, lengths: Tensor | None):
+        """Return the dense text's tokens where `owner` is who this method gives it to."""
+        if self.dense_owner != owner:
+            return None
+        if ids is None:
+            raise ValueError(
+                f"{self.name} reads a dense text of each {owner}: pass dense_ids and dense_lengths"
+            )
+        return self.text_encoder(ids, lengths)
+
+    # --- similarity ----------------------------------------------------------------------------
+
+    def prepare_images(self, images: Tokens) -> Prepared:
+        """Return what `score` needs of images, each tensor with a row an image."""
+        raise NotImplementedError
+
+    def prepare_texts(self, texts: Tokens) -> Prepared:
+        """Return what `score` needs of captions, each tensor with a row a caption."""
+        raise NotImplementedError
+
+    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+        """Return maps over pairs, each (b_v, b_t): "similarity" and what the losses need."""
+        raise NotImplementedError
+
+    def pair_maps(self, images: Tokens, texts: Tokens) -> dict[str, Tensor]:
+        """Return every map that `score` makes over all pairs, each (B_v, B_t), chunk by chunk."""
+        prepared_images = self.prepare_images(images)
+        prepared_texts = self.prepare_texts(texts)
+        rows: dict[str, list[Tensor]] = {}
+        for image_part in _chunks(prepared_images, self.shard_size):
+            columns = [
+                self._score_chunk(image_part, text_part)
+                for text_part in _chunks(prepared_texts, self.shard_size)
+            ]
+            for key in columns[0]:
+                rows.setdefault(key, []).append(torch.cat([one[key] for one in columns], dim=1))
+        return {key: torch.cat(parts) for key, parts in rows.items()}
+
+    def similarity(self, images: Tokens, texts: Tokens) -> Tensor:
+        """Return the similarity matrix (B_v, B_t), higher is better."""
+        return self.pair_maps(images, texts)["similarity"]
+
+    def _score_chunk(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+        if torch.is_grad_enabled():
+            return checkpoint(self.score, images, texts, use_reentrant=False)
+        return self.score(images, texts)
+
+    # --- training ------------------------------------------------------------------------------
+
+    gather = staticmethod(gather_rows)
+
+    def forward(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Same as `training_losses`; DistributedDataParallel calls it."""
+        return self.training_losses(*args, **kwargs)
+
+    def training_losses(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        lengths: Tensor,
+        image_ids: Tensor,
+        dense_ids: Tensor | None = None,
+        dense_lengths: Tensor | None = None,
+        pixel_lengths: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return "loss", which is minimised, and its parts, for matching pairs.
+
+        Row i of every argument belongs to pair i. Under DDP each rank passes its own pairs; the
+        loss is that of the global batch, the same on every rank.
+        """
+        dense = (dense_ids, dense_lengths)
+        none = (None, None)
+        images = self.encode_images(
+            pixels, *(dense if self.dense_owner == "image" else none), pixel_lengths
+        )
+        texts = self.encode_texts(ids, lengths, *(dense if self.dense_owner == "caption" else none))
+        return self.losses(images, gather_tokens(texts), gather_rows(image_ids))
+
+    def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
+        """Return the loss dictionary for this rank's `images` and all ranks' captions.
+
+        `image_ids` (B_t,) says which image each caption, and so each global row, belongs to.
+        """
+        maps = self.pair_maps(images, texts)
+        alignment = self.criterion(self.gather(maps["similarity"]), image_ids)
+        return {"loss": alignment, "alignment": alignment.detach()}
+
+
+def _chunks(prepared: Prepared, size: int) -> list[Prepared]:
+    length = len(next(iter(prepared.values())))
+    return [
+        {key: value[first : first + size] for key, value in prepared.items()}
+        for first in range(0, length, size)
+    ]

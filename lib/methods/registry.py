@@ -1,0 +1,77 @@
+"""Names to methods: `--method` choices, their flags, and building one from arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from lib.encoders import EncoderSource
+from lib.methods.base import Method, add_common_arguments
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a Method subclass as `--method name`. Raises ValueError where the name is taken."""
+
+    def register(cls: type[Method]) -> type[Method]:
+        if name in _METHODS:
+            raise ValueError(f"method {name!r} is already registered by {_METHODS[name].__name__}")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def method_names() -> list[str]:
+    """Return the registered names in alphabetical order."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str) -> type[Method]:
+    """Return the class behind a name. Raises ValueError listing the known ones."""
+    if name not in _METHODS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(method_names())}")
+    return _METHODS[name]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what building a model needs: the flags methods share, then each method's own."""
+    add_common_arguments(parser)
+    for name in method_names():
+        get_method(name).add_arguments(parser.add_argument_group(f"method {name}"))
+
+
+def model_defaults() -> argparse.Namespace:
+    """Return every model flag at its default, for checkpoints older than a flag."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_arguments(parser)
+    return parser.parse_args([])
+
+
+def build_model(
+    args: argparse.Namespace,
+    vocab_size: int,
+    image_config: dict | None = None,
+    text_config: dict | None = None,
+) -> Method:
+    """Return the untrained model that `args.method` names.
+
+    The backbones come from `args.vit_type`/`args.bert_path`, or with random weights from the given
+    configs. Raises InputError where a flag does not suit.
+    """
+    source = EncoderSource(
+        vit_type=args.vit_type,
+        bert_path=args.bert_path,
+        embed_size=args.embed_size,
+        img_res=args.img_res,
+        vocab_size=vocab_size,
+        max_word=max(args.max_word, args.max_dense_word),
+        tiny_width=args.tiny_width,
+        tiny_layers=args.tiny_layers,
+        tiny_patch_size=args.tiny_patch_size,
+        image_config=image_config,
+        text_config=text_config,
+    )
+    return get_method(args.method).from_args(args, source)

@@ -1,0 +1,168 @@
+"""Patch scoring, selection and aggregation, shared by LAPS, SEPS and improved LAPS.
+
+Everything that chooses patches runs in float32 (or float64), also under autocast: bf16 scores
+change the kept set of most pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+LARGEST_EXPONENT = 30.0  # exp() of a dropped patch's logit above the kept ones, soft decisions only
+
+
+def full_precision(function):
+    """Run a function outside autocast, its half-precision tensor arguments cast to float32."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        wide = [a.float() if isinstance(a, Tensor) and _is_half(a) else a for a in args]
+        with torch.autocast(device, enabled=False):
+            return function(*wide, **kwargs)
+
+    return run
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over real tokens: (B, N, C), (B, N) -> (B, C)."""
+    weights = mask.to(tokens.dtype)[:, :, None]
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def kept_count(num_patches: int, sparse_ratio: float) -> int:
+    """Return K = ceil(L·ρ), at least 1 and at most L."""
+    return max(1, min(num_patches, math.ceil(num_patches * sparse_ratio)))
+
+
+def aggregated_count(num_patches: int, sparse_ratio: float, aggr_ratio: float) -> int:
+    """Return N_c = int(L·α_r·ρ), at least 1."""
+    return max(1, int(num_patches * aggr_ratio * sparse_ratio))
+
+
+@full_precision
+def global_scores(patches: Tensor, embeddings: Tensor) -> Tensor:
+    """Return patch-text cosines: (B_v, L, C), global (B_t, C) -> (B_v, B_t, L)."""
+    return normalize(embeddings, dim=-1) @ normalize(patches, dim=-1).transpose(1, 2)
+
+
+@full_precision
+def own_scores(patches: Tensor, embeddings: Tensor) -> Tensor:
+    """Return cosines of patches with one embedding an image: (B, L, C), (B, C) -> (B, L)."""
+    return (normalize(patches, dim=-1) @ normalize(embeddings, dim=-1)[:, :, None]).squeeze(-1)
+
+
+@full_precision
+def min_max(scores: Tensor) -> Tensor:
+    """Return the scores stretched to [0, 1] over the last dimension; constant rows become 0."""
+    low, high = scores.aminmax(dim=-1, keepdim=True)
+    return (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).eps)
+
+
+def top_k_mask(scores: Tensor, k: int) -> Tensor:
+    """Return the bool mask of the k largest scores of each row, (…, L); of ties, the first stay."""
+    if k >= scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.topk(k, dim=-1).values[..., -1:]
+    above = scores > threshold
+    tied = scores == threshold
+    room = k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))
+
+
+@full_precision
+def gumbel_decision(significance: Tensor, tau: float) -> Tensor:
+    """Return straight-through keep decisions of a two-class Gumbel-softmax, (…, L) in {0, 1}.
+
+    A patch is kept with probability `significance` in [0, 1], on its own: how many are kept is
+    free, and the ratio loss steers it. The gradient is the soft decision's at temperature `tau`.
+    Where chance keeps no patch of a row, the most significant one stays.
+    """
+    tiny = 1e-6
+    logit = significance.clamp(tiny, 1 - tiny).logit()
+    # the difference of two Gumbel variables is logistic
+    uniform = torch.rand_like(logit).clamp(tiny, 1 - tiny)
+    soft = ((logit + uniform.logit()) / tau).sigmoid()
+    hard = soft > 0.5
+    hard = hard | (~hard.any(-1, keepdim=True) & top_k_mask(significance.detach(), 1))
+    return hard.to(soft.dtype) + soft - soft.detach()
+
+
+def selected_softmax(logits: Tensor, decision: Tensor) -> Tensor:
+    """Return the softmax over the kept entries of the last dimension; a row that keeps none is 0.
+
+    `decision` broadcasts against `logits`: bool, or float in {0, 1} that then also multiplies
+    inside the softmax, so that gradient reaches it.
+    """
+    if decision.dtype == torch.bool:
+        weights = logits.masked_fill(~decision, -math.inf).softmax(-1)
+        return weights.masked_fill(~decision, 0)
+    kept = decision.detach() > 0
+    top = logits.detach().masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    mass = decision * (logits - top).clamp(max=LARGEST_EXPONENT).exp()
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def invert(decision: Tensor) -> Tensor:
+    """Return the decision that keeps what this one drops."""
+    return ~decision if decision.dtype == torch.bool else 1 - decision
+
+
+def fuse_dropped(patches: Tensor, scores: Tensor, decision: Tensor) -> Tensor:
+    """Return Σ over dropped patches of softmax(score)·patch: (B, L, C), (B, …, L) -> (B, …, C)."""
+    weights = selected_softmax(scores, invert(decision))
+    return torch.einsum("b...l,blc->b...c", weights.to(patches.dtype), patches)
+
+
+def aggregate(patches: Tensor, logits: Tensor, decision: Tensor) -> Tensor:
+    """Return N_c weighted sums of each image's kept patches for each caption.
+
+    patches (B_v, L, C), logits (B_v, N_c, L), decision (B_v, T, L) -> (B_v, T, N_c, C).
+    """
+    weights = selected_softmax(logits[:, None], decision[:, :, None])  # (B_v, T, N_c, L)
+    flat = weights.flatten(1, 2).to(patches.dtype)  # (B_v, T·N_c, L)
+    return (flat @ patches).unflatten(1, weights.shape[1:3])
+
+
+class AggregationHead(nn.Module):
+    """Aggregation logits of a patch, once an image: (B_v, L, C) -> (B_v, N_c, L).
+
+    LayerNorm, Linear C → int(0.2·C), GELU, Linear → N_c, times a learnt scalar (LAPS).
+    """
+
+    def __init__(self, width: int, tokens: int, hidden_ratio: float = 0.2) -> None:
+        super().__init__()
+        hidden = max(1, int(width * hidden_ratio))
+        self.weight = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, tokens)
+        )
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return (self.weight(patches) * self.scale).transpose(1, 2)
+
+
+class PatchScore(nn.Module):
+    """Predicted significance s^p = sigmoid(MLP(v)), SEPS eq. 1: (B_v, L, C) -> (B_v, L)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = max(1, width // 4)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        with torch.autocast(patches.device.type, enabled=False):
+            wide = patches.float() if _is_half(patches) else patches
+            return self.mlp(wide).squeeze(-1).sigmoid()
