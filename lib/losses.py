@@ -105,7 +105,7 @@ class AlignmentLoss(nn.Module):
     """The loss that `--loss` names, on a global similarity matrix.
 
     similarity (B, B), image_ids (B,) -> scalar. `hard_negatives` switches the hinge loss from the
-    sum over negatives to the hardest one. Draws of `trip` follow `seed` and a stored counter, so
+    sum over negatives to the hardest one; `scale` multiplies whatever comes out. Draws of `trip` follow `seed` and a stored counter, so
     they are the same on every rank and after a resume.
     """
 
@@ -120,6 +120,7 @@ class AlignmentLoss(nn.Module):
         self.cutoff = cutoff
         self.seed = seed
         self.hard_negatives = False
+        self.scale = 1.0
         if loss == "infonce":
             self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if loss == "trip":
@@ -134,12 +135,14 @@ class AlignmentLoss(nn.Module):
     def forward(self, similarity: Tensor, image_ids: Tensor) -> Tensor:
         if similarity.dtype in (torch.float16, torch.bfloat16):
             similarity = similarity.float()
-        negatives = negatives_mask(image_ids)
+        return self.scale * self._unscaled(similarity, negatives_mask(image_ids))
+
+    def _unscaled(self, similarity: Tensor, negatives: Tensor) -> Tensor:
         if self.loss == "vse":
             return hinge_triplet(similarity, negatives, self.margin, self.hard_negatives)
         if self.loss == "infonce":
-            scale = self.log_scale.exp().clamp(max=LARGEST_LOGIT_SCALE)
-            return info_nce(similarity, negatives, scale)
+            factor = self.log_scale.exp().clamp(max=LARGEST_LOGIT_SCALE)
+            return info_nce(similarity, negatives, factor)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.draws))
         self.draws += 1
         return distance_weighted_triplet(similarity, negatives, self.margin, self.cutoff, generator)

@@ -116,7 +116,9 @@ def recall_intervals(
     draws = np.column_stack([draws, draws.sum(1)])  # (repeats, 7)
     bounds = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)  # (2, 7)
     names = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RECALL_AT] + ["rsum"]
-    return {name: [float(low), float(high)] for name, (low, high) in zip(names, bounds.T)}
+    return {
+        name: [float(low), float(high)] for name, (low, high) in zip(names, bounds.T, strict=True)
+    }
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -194,7 +196,7 @@ def _checked_owners(shape: tuple[int, int], caption_images: np.ndarray) -> np.nd
             f"{len(bare)} of {n_images} images have no caption, the first is image {bare[0]}; "
             "leave images without captions out of the similarity matrix"
         )
-    return caption_images
+    return caption_images.astype(np.intp)
 
 
 def _require_finite(similarity: np.ndarray) -> None:
@@ -247,8 +249,10 @@ def _ranks(
 
 def _summary(i2t_ranks: np.ndarray, t2i_ranks: np.ndarray, ties: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    for direction, found in zip(DIRECTIONS, (i2t_ranks, t2i_ranks)):
-        metrics[direction] = {f"r{k}": 100 * float(np.mean(found <= k)) for k in RECALL_AT}
+    for direction, found in zip(DIRECTIONS, (i2t_ranks, t2i_ranks), strict=True):
+        metrics[direction] = {
+            f"r{k}": 100 * np.count_nonzero(found <= k) / len(found) for k in RECALL_AT
+        }
         metrics[direction] |= {"medr": float(np.median(found)), "meanr": float(np.mean(found))}
     metrics["rsum"] = sum(metrics[way][f"r{k}"] for way in DIRECTIONS for k in RECALL_AT)
     metrics["ties"] = ties
@@ -265,7 +269,10 @@ def _folds(
     size = n_images // folds
     for start in range(0, n_images, size):
         captions = np.flatnonzero(caption_images // size == start // size)
-        yield similarity[start : start + size, captions], caption_images[captions] - start
+        owners = caption_images[captions] - start
+        if captions[-1] - captions[0] + 1 == len(captions):
+            captions = slice(captions[0], captions[-1] + 1)  # neighbours: a view, not a copy
+        yield similarity[start : start + size, captions], owners
 
 
 def _resampled_recalls(

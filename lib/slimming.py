@@ -94,7 +94,7 @@ def gumbel_decision(significance: Tensor, tau: float) -> Tensor:
     soft = ((logit + uniform.logit()) / tau).sigmoid()
     hard = soft > 0.5
     hard = hard | (~hard.any(-1, keepdim=True) & top_k_mask(significance.detach(), 1))
-    return hard.to(soft.dtype) + soft - soft.detach()
+    return hard.to(soft.dtype) + (soft - soft.detach())  # forward exactly 0 or 1
 
 
 def selected_softmax(logits: Tensor, decision: Tensor) -> Tensor:
@@ -166,3 +166,74 @@ class PatchScore(nn.Module):
         with torch.autocast(patches.device.type, enabled=False):
             wide = patches.float() if _is_half(patches) else patches
             return self.mlp(wide).squeeze(-1).sigmoid()
+
+
+def summarise_text(words: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return what LAPS needs of each text: words (B_t, M, C) and mask (B_t, M) -> a dictionary.
+
+    `words` normalised (B_t, M, C), `word_mask`, and `global` (B_t, C), the mean over real words
+    without gradient: it only chooses patches.
+    """
+    return {
+        "words": normalize(words, dim=-1),
+        "word_mask": mask,
+        "global": masked_mean(words, mask).detach(),
+    }
+
+
+class LapsNetwork(nn.Module):
+    """Patch slimming of LAPS (CVPR 2024): the tokens that stand for an image before a text, SPEC 3.
+
+    Shared by `laps`, `seps_released` and `ilaps`. Nothing that depends on the image alone is done
+    for each pair; only the choice of patches is.
+
+    NOTE: with ρ = 1 nothing is dropped, and the fused token is a zero that still counts in the
+    means over tokens, as in the official code.
+    """
+
+    def __init__(
+        self, width: int, num_patches: int, sparse_ratio: float, aggr_ratio: float
+    ) -> None:
+        super().__init__()
+        self.sparse_ratio = sparse_ratio
+        self.num_patches = num_patches
+        self.kept = kept_count(num_patches, sparse_ratio)
+        self.head = AggregationHead(width, aggregated_count(num_patches, sparse_ratio, aggr_ratio))
+
+    def prepare(
+        self, patches: Tensor, cls: Tensor | None, embeddings: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return what depends on the image alone, for `tokens`.
+
+        patches (B_v, L, C), cls (B_v, 1, C) or None; `embeddings` (B_v, C) are the images' global
+        ones, by default the mean of the patches.
+        """
+        with torch.no_grad():
+            own = own_scores(patches, patches.mean(1) if embeddings is None else embeddings)
+        prepared = {"patches": patches, "own": own, "logits": self.head(patches)}
+        if cls is not None:
+            prepared["cls"] = cls
+        return prepared
+
+    def select(self, images: dict[str, Tensor], embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each pair's patch scores and which patches stay, both (B_v, T, L), no gradient.
+
+        `embeddings` (T, C) are the texts' global ones.
+        """
+        with torch.no_grad():
+            scores = images["own"][:, None] + global_scores(images["patches"], embeddings)
+            return scores, top_k_mask(scores, self.kept)
+
+    def tokens(self, images: dict[str, Tensor], embeddings: Tensor) -> Tensor:
+        """Return [v_cls; aggregated; fused] of every pair, normalised: (B_v, T, N, C)."""
+        patches = images["patches"]
+        scores, decision = self.select(images, embeddings)
+        local = aggregate(patches, images["logits"], decision)  # (B_v, T, N_c, C)
+        parts = [local, fuse_dropped(patches, scores, decision)[:, :, None]]
+        if "cls" in images:
+            parts.insert(0, images["cls"][:, None].expand(-1, local.shape[1], -1, -1))
+        return normalize(torch.cat([part.to(local.dtype) for part in parts], 2), dim=-1)
+
+    def ratio_loss(self) -> float:
+        """Return (ρ − kept share)², a constant under hard top-k, as the official loss has it."""
+        return (self.sparse_ratio - self.kept / self.num_patches) ** 2

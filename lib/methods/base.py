@@ -101,6 +101,7 @@ class Method(nn.Module):
     """
 
     name: ClassVar[str]
+    uses_pixels: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -148,6 +149,10 @@ class Method(nn.Module):
     def set_hard_negatives(self, hard: bool) -> None:
         """Use the hardest negative of each row and column instead of the sum over all."""
         self.criterion.hard_negatives = hard
+
+    def set_alignment_scale(self, scale: float) -> None:
+        """Multiply the alignment loss, and nothing beside it, by `scale` (embedding warm-up)."""
+        self.criterion.scale = scale
 
     # --- encoding ------------------------------------------------------------------------------
 
@@ -212,6 +217,10 @@ class Method(nn.Module):
             for key in columns[0]:
                 rows.setdefault(key, []).append(torch.cat([one[key] for one in columns], dim=1))
         return {key: torch.cat(parts) for key, parts in rows.items()}
+
+    def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor | None:
+        """Return which patches each pair keeps, bool (B_v, B_t, L); None where all take part."""
+        return None
 
     def similarity(self, images: Tokens, texts: Tokens) -> Tensor:
         """Return the similarity matrix (B_v, B_t), higher is better."""

@@ -1,0 +1,51 @@
+# make demo, make test: both do their own set-up in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_FLAGS ?= --disable-pip-version-check -q
+
+.PHONY: demo test test-all lint figure tensorboard clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        install, draw the data set 'scenes', train SEPS on it, evaluate"
+	@echo "make test        install, run the tests (make test-all: the slow ones too)"
+	@echo "make lint        ruff check and format check"
+	@echo "make figure      draw imgs/kept_patches.png from the demo's checkpoint"
+	@echo "make tensorboard curves of every run"
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'Python 3.10 or newer is needed: make PYTHON=python3.x')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(BIN)/python
+	@echo "installing requirements.txt into $(VENV) (PyTorch: several GB, some minutes)"
+	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python train.py --dataset scenes --logger_name runs/demo --overwrite 1
+	$(BIN)/python eval.py --checkpoint runs/demo/model_best.pth
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not gpu and not network"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+figure: $(VENV)/.installed
+	$(BIN)/python -m tools.draw_patches --checkpoint runs/demo/model_best.pth --out imgs/kept_patches.png
+
+tensorboard: $(VENV)/.installed
+	$(BIN)/tensorboard --logdir runs
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,394 @@
+"""Files + captions -> Batch: layouts, splits, image transforms, samplers and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from lib.batch import Batch
+from lib.errors import InputError
+from lib.splits import Split as Split  # both offered here to the programs
+from lib.splits import load_split as load_split
+from vocab import WordTokenizer
+
+CROP_SCALE = (0.6, 1.0)  # share of the image's area
+CROP_RATIO = (3 / 4, 4 / 3)  # width to height
+ORDER_STREAM, SAMPLE_STREAM = 0, 1  # keep the draws of the permutation and of the samples apart
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+class ImageFolderSource:
+    """Image files read as (3, img_res, img_res) uint8 RGB; row r is `files[r]`.
+
+    Another source of images (precomputed regions) offers the same `read` and `path`.
+    """
+
+    def __init__(self, files: Sequence[str], img_res: int, augment: bool) -> None:
+        self.files = files
+        self.img_res = img_res
+        self.augment = augment
+
+    def path(self, row: int) -> str:
+        """Return the file of image `row`, for messages."""
+        return self.files[row]
+
+    def read(self, row: int, rng: np.random.Generator | None = None) -> Tensor | None:
+        """Return image `row`, or None where it can't be decoded; `rng` draws the augmentation.
+
+        Everything stays uint8: the model scales and normalises on the device.
+        """
+        try:
+            decoded = cv2.imread(self.files[row], cv2.IMREAD_COLOR)  # (H, W, 3) BGR
+        except cv2.error:
+            return None
+        if decoded is None:
+            return None
+        pixels = torch.from_numpy(decoded).permute(2, 0, 1)  # (3, H, W)
+        if self.augment:
+            pixels = random_crop_and_flip(pixels, self.img_res, rng)
+        else:
+            pixels = _resize(pixels, self.img_res)
+        return pixels.flip(0)  # BGR -> RGB, after resizing, where there is less to move
+
+
+def image_source(split: Split, img_res: int | None, augment: bool) -> ImageFolderSource | None:
+    """Return what reads the split's images; `img_res` None is for a method without pixels."""
+    return None if img_res is None else ImageFolderSource(split.image_files, img_res, augment)
+
+
+def random_crop_and_flip(pixels: Tensor, img_res: int, rng: np.random.Generator) -> Tensor:
+    """Return a random crop of (3, H, W) pixels at (3, img_res, img_res), mirrored half the time.
+
+    The crop is RandomResizedCrop's (Szegedy et al. 2015, as torchvision draws it): area uniform in
+    0.6-1.0 of the image, log of the aspect ratio uniform in 3/4-4/3.
+    """
+    top, left, height, width = _crop_box(pixels.shape[-2], pixels.shape[-1], rng)
+    crop = _resize(pixels[:, top : top + height, left : left + width], img_res)
+    return crop.flip(-1) if rng.random() < 0.5 else crop
+
+
+def _crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = height * width * rng.uniform(*CROP_SCALE)
+        ratio = np.exp(rng.uniform(*np.log(CROP_RATIO)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # No box fits a very long image: the largest one of an allowed ratio, from the middle.
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(pixels: Tensor, img_res: int) -> Tensor:
+    size = [img_res, img_res]
+    return F.resize(pixels, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+# ---------------------------------------------------------------------------------------- samples
+
+
+@dataclass
+class Sample:
+    """One row of a batch to be; `bad_path` names an image that can't be decoded."""
+
+    row: int
+    pixels: Tensor | None = None
+    ids: list[int] | None = None
+    caption: int | None = None
+    dense_ids: list[int] | None = None
+    bad_path: str | None = None
+
+
+class TrainSet(Dataset):
+    """Training pairs: item (epoch, index) is caption `index` with its image.
+
+    Its augmentation depends on (seed, epoch, index) alone: not on workers, ranks or a resumed run.
+    Dense texts come along, not augmented, where `max_dense_word` is given; pixels do not where
+    `img_res` is None.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        tokenizer: WordTokenizer,
+        img_res: int | None,
+        max_word: int,
+        augment_images: bool = True,
+        augment_words: bool = True,
+        seed: int = 0,
+        max_dense_word: int | None = None,
+    ) -> None:
+        self.split = split
+        self.tokenizer = tokenizer
+        self.source = image_source(split, img_res, augment_images)
+        self.max_word = max_word
+        self.augment_words = augment_words
+        self.seed = seed
+        self.max_dense_word = max_dense_word
+
+    def __len__(self) -> int:
+        return len(self.split.captions)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        row = int(self.split.caption_image[index])
+        rng = _generator(SAMPLE_STREAM, self.seed, epoch, index)
+        pixels = self.source.read(row, rng) if self.source else None
+        if pixels is None and self.source:
+            return Sample(row, bad_path=self.source.path(row))
+        ids = self._word_ids(self.split.captions[index], rng)
+        dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
+        return Sample(row, pixels, ids, index, dense_ids)
+
+    def _word_ids(self, caption: str, rng: np.random.Generator) -> list[int]:
+        if not self.augment_words:
+            return self.tokenizer.encode(caption, self.max_word)
+        return self.tokenizer.augment(self.tokenizer.encode_words(caption, self.max_word), rng)
+
+
+class EvalImages(Dataset):
+    """Each image of a split once, in order, with its dense text where `max_dense_word` is given."""
+
+    def __init__(
+        self,
+        split: Split,
+        img_res: int | None,
+        tokenizer: WordTokenizer | None = None,
+        max_dense_word: int | None = None,
+    ) -> None:
+        self.split = split
+        self.source = image_source(split, img_res, augment=False)
+        self.tokenizer = tokenizer
+        self.max_dense_word = max_dense_word
+
+    def __len__(self) -> int:
+        return len(self.split.image_ids)
+
+    def __getitem__(self, row: int) -> Sample:
+        pixels = self.source.read(row) if self.source else None
+        if pixels is None and self.source:
+            return Sample(row, bad_path=self.source.path(row))
+        dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
+        return Sample(row, pixels, dense_ids=dense_ids)
+
+
+class EvalCaptions(Dataset):
+    """Each caption of a split once, in order; with its image's dense text where asked for."""
+
+    def __init__(
+        self,
+        split: Split,
+        tokenizer: WordTokenizer,
+        max_word: int,
+        max_dense_word: int | None = None,
+    ) -> None:
+        self.split = split
+        self.tokenizer = tokenizer
+        self.max_word = max_word
+        self.max_dense_word = max_dense_word
+
+    def __len__(self) -> int:
+        return len(self.split.captions)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = int(self.split.caption_image[index])
+        ids = self.tokenizer.encode(self.split.captions[index], self.max_word)
+        dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
+        return Sample(row, ids=ids, caption=index, dense_ids=dense_ids)
+
+
+def _dense_ids(
+    split: Split, row: int, tokenizer: WordTokenizer, max_dense_word: int | None
+) -> list[int] | None:
+    return None if max_dense_word is None else tokenizer.encode(split.dense[row], max_dense_word)
+
+
+def _generator(*parts: int) -> np.random.Generator:
+    return np.random.default_rng([part % 2**32 for part in parts])
+
+
+# ---------------------------------------------------------------------------------------- loaders
+
+
+class PairSampler(BatchSampler):
+    """Batches of (epoch, index) keys: each epoch its own permutation of the training pairs.
+
+    Step s of an epoch takes the same `batch_size * world` pairs whatever their share: rank r gets
+    the r-th slice of them. The last, incomplete global batch is left out. The epoch travels with
+    the index because persistent workers keep the data set they started with.
+    Raises InputError where not one batch can be filled.
+    """
+
+    def __init__(
+        self, num_pairs: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        if num_pairs < batch_size * world:
+            raise InputError(
+                f"--batch_size {batch_size} on {world} process(es) is more than the {num_pairs} "
+                "captions of the training split; make it smaller"
+            )
+        self.num_pairs = num_pairs
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch that the next iteration runs, from its step `start_step` on."""
+        self.epoch = epoch
+        self.start_step = start_step
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch, wherever it starts."""
+        return self.num_pairs // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = _generator(ORDER_STREAM, self.seed, self.epoch).permutation(self.num_pairs)
+        for step in range(self.start_step, len(self)):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[first : first + self.batch_size]]
+
+
+class Collate:
+    """Samples -> (Batch, paths of the undecodable images whose pairs were left out).
+
+    The batch is None where no sample is left.
+    """
+
+    def __init__(self, pad_id: int = 0) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Batch | None, list[str]]:
+        bad_paths = [one.bad_path for one in samples if one.bad_path is not None]
+        good = [one for one in samples if one.bad_path is None]
+        if not good:
+            return None, bad_paths
+        ids, lengths = self._pad([one.ids for one in good])
+        dense_ids, dense_lengths = self._pad([one.dense_ids for one in good])
+        batch = Batch(
+            pixels=None if good[0].pixels is None else torch.stack([one.pixels for one in good]),
+            ids=ids,
+            lengths=lengths,
+            image_ids=torch.tensor([one.row for one in good]),
+            caption_index=None if ids is None else torch.tensor([one.caption for one in good]),
+            dense_ids=dense_ids,
+            dense_lengths=dense_lengths,
+        )
+        return batch, bad_paths
+
+    def _pad(self, rows: list[list[int] | None]) -> tuple[Tensor | None, Tensor | None]:
+        if rows[0] is None:
+            return None, None
+        tensors = [torch.tensor(row) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=self.pad_id)  # (B, M)
+        return ids, torch.tensor([len(row) for row in rows])
+
+
+class TrainLoader:
+    """Training batches, epoch by epoch, over workers that stay."""
+
+    def __init__(self, loader: DataLoader, sampler: PairSampler) -> None:
+        self._loader = loader
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch."""
+        return len(self._sampler)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch | None, list[str]]]:
+        """Return (Batch, bad paths) for each step of the epoch from `start_step` on.
+
+        Pairs whose image can't be decoded are left out and their paths named; the batch is None
+        where no pair is left.
+        """
+        self._sampler.set_epoch(epoch, start_step)
+        return iter(self._loader)
+
+
+class EvalLoader:
+    """Yields Batch after Batch in order; raises InputError for an image that can't be decoded."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, bad_paths in self._loader:
+            if bad_paths:  # raised here, as a worker would wrap the sentence in a traceback
+                raise InputError(f"{bad_paths[0]} can't be decoded; replace the image file")
+            yield batch
+
+
+def train_loader(
+    dataset: TrainSet,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> TrainLoader:
+    """Return the loader of training batches of `batch_size` pairs per process.
+
+    Raises InputError where the data set does not fill one batch.
+    """
+    sampler = PairSampler(len(dataset), batch_size, dataset.seed, rank, world)
+    loader = _loader(dataset, dataset.tokenizer, num_workers, pin_memory, batch_sampler=sampler)
+    return TrainLoader(loader, sampler)
+
+
+def image_loader(
+    dataset: EvalImages,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> EvalLoader:
+    """Return the loader of images in order; `indices` are the rows of this rank's shard."""
+    order = {"batch_size": batch_size, "sampler": indices}
+    return EvalLoader(_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
+
+
+def caption_loader(
+    dataset: EvalCaptions,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> EvalLoader:
+    """Return the loader of captions in order; `indices` are the captions of this rank's shard."""
+    order = {"batch_size": batch_size, "sampler": indices}
+    return EvalLoader(_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
+
+
+def _loader(
+    dataset: Dataset, tokenizer: WordTokenizer | None, workers: int, pin_memory: bool, **order
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        collate_fn=Collate(tokenizer.pad_id if tokenizer else 0),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        **order,
+    )
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)

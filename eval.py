@@ -1,0 +1,169 @@
+"""Evaluate checkpoints: python eval.py --dataset f30k --data_path data/; see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from arguments import image_path, parse_eval
+from data import Split, load_split
+from lib import distributed
+from lib.checkpoint import load_model
+from lib.errors import InputError
+from lib.evaluation import file_digest, split_results, split_similarity, write_results
+from lib.methods.base import Method
+from lib.metrics import format_table
+from lib.official import read_payload
+from lib.precision import autocast_for
+from train import prepare_scenes, start_processes, validation_loaders
+from vocab import WordTokenizer, load_tokenizer
+
+BEST = "model_best.pth"
+COCO_FOLDS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the flags say; return the exit code: 0, or 2 for bad input."""
+    try:
+        args = parse_eval(argv)
+        device = start_processes(args)
+        for checkpoint in find_checkpoints(args):
+            evaluate_checkpoint(checkpoint, args, device)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+def find_checkpoints(args: argparse.Namespace) -> list[Path]:
+    """Return --checkpoint, or the best one of every run folder of the data set.
+
+    Raises InputError where there is none.
+    """
+    if args.checkpoint:
+        return [Path(args.checkpoint)]
+    dataset = args.dataset or "f30k"
+    folders = sorted(Path(args.runs).glob(f"{dataset}_*"))
+    found = [folder / BEST for folder in folders if (folder / BEST).exists()]
+    if not found:
+        raise InputError(
+            f"no {args.runs}/{dataset}_*/{BEST}: train a model first, or name a --checkpoint"
+        )
+    return found
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Print the table of one checkpoint and write results.json beside it; return the results."""
+    model, trained = load_model(checkpoint, args.method, args.vit_path, args.bert_path, device)
+    settings = evaluation_settings(args, trained)
+    if args.shard_size:
+        model.shard_size = args.shard_size
+    prepare_scenes(settings)
+    tokenizer = checkpoint_tokenizer(checkpoint, args, trained)
+    split = load_split(
+        settings.data_path,
+        settings.dataset,
+        args.split,
+        image_path=image_path(settings),
+        needs_dense=model.dense_owner is not None,
+        check_images=model.uses_pixels,
+    )
+    pin = device.type == "cuda"
+    loaders = validation_loaders(settings, split, tokenizer, model.dense_owner, pin)
+    started = time.perf_counter()
+    matrix = split_similarity(model, loaders, device, autocast_for(args.amp, device))
+    seconds = time.perf_counter() - started
+    tables = split_tables(split, matrix)
+    facts = result_facts(checkpoint, model, trained, args, seconds)
+    results = {name: {**table, **facts} for name, table in tables.items()}
+    if distributed.is_main():
+        report(checkpoint, results, args, matrix)
+    return results
+
+
+def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
+    """Return the trained arguments with where the data lies, and how to read it, from this call."""
+    settings = argparse.Namespace(**vars(trained))
+    settings.dataset = args.dataset or trained.dataset
+    for name in ("data_path", "f30k_img_path", "coco_img_path", "batch_size", "workers"):
+        setattr(settings, name, getattr(args, name))
+    settings.scenes_size = args.scenes_size or trained.scenes_size
+    return settings
+
+
+def checkpoint_tokenizer(
+    checkpoint: Path, args: argparse.Namespace, trained: argparse.Namespace
+) -> WordTokenizer:
+    """Return the tokenizer that the checkpoint was trained with."""
+    words = read_payload(checkpoint).get("vocabulary")
+    if words is not None:
+        return WordTokenizer(words, str(checkpoint))
+    return load_tokenizer(args.bert_path or trained.bert_path)
+
+
+def split_tables(split: Split, matrix: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Return recalls by the field's names: f30k_1k, coco_1k and coco_5k, scenes."""
+    rows, images = split.caption_image, matrix.shape[0]
+    if split.dataset == "coco" and split.name == "test":
+        tables = {"coco_5k": split_results(matrix, rows)}
+        if images % COCO_FOLDS == 0:
+            tables = {"coco_1k": split_results(matrix, rows, folds=COCO_FOLDS), **tables}
+        return tables
+    name = {"f30k": "f30k_1k", "scenes": "scenes"}.get(split.dataset, split.dataset)
+    if split.name != "test":
+        name = f"{split.dataset}_{split.name}"
+    return {name: split_results(matrix, rows)}
+
+
+def result_facts(
+    checkpoint: Path,
+    model: Method,
+    trained: argparse.Namespace,
+    args: argparse.Namespace,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return what says how the numbers came about."""
+    return {
+        "method": model.name,
+        "protocol": model.protocol,
+        "dense_side": {"image": "image", "caption": "caption", None: "none"}[model.dense_owner],
+        "split": args.split,
+        "val_split": getattr(trained, "val_split", "test"),
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": file_digest(checkpoint),
+        "seconds": round(seconds, 2),
+    }
+
+
+def report(
+    checkpoint: Path, results: dict[str, Any], args: argparse.Namespace, matrix: np.ndarray
+) -> None:
+    """Print the table; write results.json, and the similarity matrix where asked."""
+    facts = next(iter(results.values()))
+    print(f"{checkpoint}: {facts['method']}, protocol {facts['protocol']}", end="")
+    print(f", checkpoint chosen on {facts['val_split']}, {facts['seconds']:.1f} s")
+    print(format_table(results))
+    for name, table in results.items():
+        if table["ties"]:
+            print(f"{name}: {table['ties']} tied queries, counted against the model")
+    if args.save_results:
+        path = checkpoint.with_name("results.json")
+        write_results(path, results)
+        print(f"written to {path}")
+    if args.save_similarity:
+        np.save(args.save_similarity, matrix)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

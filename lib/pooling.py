@@ -1,0 +1,107 @@
+"""Token features -> one embedding: max-k and generalised pooling; BatchNorm over all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lib.batch import length_mask
+from lib.distributed import gather_rows, world_size
+
+GPO_TEMPERATURE = 0.1
+
+
+def max_k_pool(tokens: Tensor, mask: Tensor, k: int) -> Tensor:
+    """Return the mean of each channel's k largest real values: (B, N, C), (B, N) -> (B, C).
+
+    A row with fewer than k real tokens averages those it has; one without any gives 0.
+    """
+    hidden = tokens.masked_fill(~mask[:, :, None], -math.inf)
+    top = hidden.topk(min(k, tokens.shape[1]), dim=1).values  # (B, k, C)
+    real = top > -math.inf
+    return top.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+class GPO(nn.Module):
+    """Generalised pooling operator: (B, N, C), mask (B, N) -> (B, C).
+
+    Each channel's real values are sorted in descending order and summed with weights that depend on
+    the position and on the number of real tokens alone. Parameter names are the official code's.
+    Source: Chen et al., "Learning the best pooling strategy", CVPR 2021; SPEC 10 (AVSE).
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.width = width
+        self.gru = nn.GRU(width, width, batch_first=True, bidirectional=True)
+        self.linear = nn.Linear(width, 1, bias=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            lengths = mask.sum(1)
+            weights = self.weights(lengths, tokens.shape[1])  # (B, N)
+            hidden = tokens.to(weights.dtype).masked_fill(~mask[:, :, None], -math.inf)
+            ranked = hidden.sort(dim=1, descending=True).values
+            filled = length_mask(lengths, tokens.shape[1])[:, :, None]
+            return torch.einsum("bn,bnc->bc", weights, ranked.masked_fill(~filled, 0))
+
+    def weights(self, lengths: Tensor, width: int) -> Tensor:
+        """Return the weights of the sorted positions, (B, width): rows sum to 1, 0 past a length.
+
+        They are computed once for each different length, from 1 up.
+        """
+        sizes, row = lengths.clamp(min=1).unique(return_inverse=True)
+        places = self._position_encoding(int(sizes[-1])).expand(len(sizes), -1, -1)
+        packed = pack_padded_sequence(places, sizes.cpu(), batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(
+            self.gru(packed)[0], batch_first=True, total_length=width
+        )  # (sizes, width, 2·32)
+        states = states.unflatten(2, (2, self.width)).mean(2)  # both directions averaged
+        scores = self.linear(states).squeeze(-1) / GPO_TEMPERATURE
+        scores = scores.masked_fill(~length_mask(sizes, width), -math.inf)
+        return scores.softmax(1)[row]
+
+    def _position_encoding(self, length: int) -> Tensor:
+        """Return the sinusoidal encoding of positions 0…length−1, (length, width)."""
+        weight = self.linear.weight
+        steps = torch.arange(0, self.width, 2, device=weight.device, dtype=weight.dtype)
+        rates = (steps * (-math.log(10_000.0) / self.width)).exp()  # (width / 2,)
+        places = torch.arange(length, device=weight.device, dtype=weight.dtype)
+        angles = places[:, None] * rates
+        return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+class GlobalBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the rows of all ranks: (N, C) -> (N, C), N may differ from rank to rank.
+
+    The state dict and, on one process, the values are those of nn.BatchNorm1d; on several, forward
+    and gradient are those of one process on the global batch. A caller leaves padding out of N.
+    NOTE: nn.SyncBatchNorm does the same on CUDA only, and counts gradients in another way than
+    `lib.distributed` does.
+    """
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            wide = rows.to(self.weight.dtype)
+            count = gather_rows(wide.new_full((1,), len(rows)), [1] * world_size()).sum()
+            mean = self._global_sum(wide) / count
+            variance = self._global_sum((wide - mean).square()) / count
+            self._track(mean.detach(), variance.detach(), count)
+            normed = (wide - mean) * (variance + self.eps).rsqrt()
+            return (normed * self.weight + self.bias).to(rows.dtype)
+
+    @staticmethod
+    def _global_sum(rows: Tensor) -> Tensor:
+        return gather_rows(rows.sum(0, keepdim=True), [1] * world_size()).sum(0)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics; the variance they hold is the unbiased one."""
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)

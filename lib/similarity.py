@@ -1,0 +1,114 @@
+"""Full similarity matrix of a split: everything encoded once, scored in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.batch import Batch, Tokens
+from lib.distributed import gather_rows, gather_tokens, rank, world_size
+from lib.methods.base import Method
+
+TEXTS_AT_ONCE = 1024  # captions scored per call: bounds padding, and what lies on the device
+
+Progress = Callable[[int], None]
+
+
+def shard(count: int, this_rank: int | None = None, world: int | None = None) -> range:
+    """Return the consecutive indices that a rank works on, of `count` in all."""
+    this_rank = rank() if this_rank is None else this_rank
+    world = world_size() if world is None else world
+    return range(count * this_rank // world, count * (this_rank + 1) // world)
+
+
+@torch.inference_mode()
+def encode_image_batches(
+    model: Method,
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: Callable,
+    progress: Progress = lambda count: None,
+) -> list[Tokens]:
+    """Return the tokens of each batch of images, on `device`; each image is encoded once."""
+    tokens = []
+    for batch in batches:
+        batch = batch.to(device)
+        dense = _dense_of(batch, model.dense_owner == "image")
+        with autocast():
+            tokens.append(model.encode_images(batch.pixels, *dense, batch.pixel_lengths))
+        progress(len(tokens[-1]))
+    return tokens
+
+
+@torch.inference_mode()
+def encode_text_batches(
+    model: Method,
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: Callable,
+    progress: Progress = lambda count: None,
+) -> list[Tokens]:
+    """Return the tokens of each batch of captions, on `device`."""
+    tokens = []
+    for batch in batches:
+        batch = batch.to(device)
+        dense = _dense_of(batch, model.dense_owner == "caption")
+        with autocast():
+            tokens.append(model.encode_texts(batch.ids, batch.lengths, *dense))
+        progress(len(tokens[-1]))
+    return tokens
+
+
+def _dense_of(batch: Batch, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    return (batch.dense_ids, batch.dense_lengths) if wanted else (None, None)
+
+
+def gather_texts(parts: list[Tokens]) -> list[Tokens]:
+    """Return every rank's captions, in rank order, on every rank."""
+    if world_size() == 1:
+        return parts
+    everything = gather_tokens(Tokens.cat(parts))
+    return [
+        everything[first : first + TEXTS_AT_ONCE]
+        for first in range(0, len(everything), TEXTS_AT_ONCE)
+    ]
+
+
+def regroup(parts: list[Tokens], size: int) -> list[Tokens]:
+    """Return the same rows in groups of about `size`, whole parts only."""
+    groups, current, count = [], [], 0
+    for part in parts:
+        current.append(part)
+        count += len(part)
+        if count >= size:
+            groups.append(Tokens.cat(current))
+            current, count = [], 0
+    return groups + ([Tokens.cat(current)] if current else [])
+
+
+@torch.inference_mode()
+def similarity_matrix(
+    model: Method,
+    images: list[Tokens],
+    texts: list[Tokens],
+    autocast: Callable,
+    progress: Progress = lambda count: None,
+) -> np.ndarray:
+    """Return the similarity of all ranks' images with all captions, (N_images, N_captions) float32.
+
+    `images` are this rank's; `texts` are all captions. Every rank returns the whole matrix.
+    """
+    groups = regroup(texts, TEXTS_AT_ONCE)
+    rows = []
+    for part in images:
+        with autocast():
+            columns = [model.similarity(part, group).float().cpu() for group in groups]
+        rows.append(torch.cat(columns, dim=1))
+        progress(len(part) * rows[-1].shape[1])
+    mine = torch.cat(rows)
+    if world_size() > 1:
+        mine = gather_rows(mine.to(images[0].local.device)).cpu()
+    return mine.numpy()

@@ -1,0 +1,225 @@
+"""Caption files of a data set -> `Split`: layouts, both forms of id lists, dense text by image."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import InputError
+
+IMAGE_FOLDERS = {"f30k": "flickr30k-images", "coco": "coco-images", "scenes": "scenes/images"}
+IMAGE_SOURCES = {
+    "f30k": "get them from https://www.kaggle.com/datasets/hsankesara/flickr-image-dataset "
+    "or name their folder with --f30k_img_path",
+    "coco": "get train2014.zip and val2014.zip from http://images.cocodataset.org/zips/ "
+    "or name their folder with --coco_img_path",
+    "scenes": "make demo draws them",
+}
+CAPTION_SOURCES = {
+    "f30k": "copy the data/f30k folder of https://github.com/CrossmodalGroup/LAPS there",
+    "coco": "copy the data/coco folder of https://github.com/CrossmodalGroup/LAPS there",
+    "scenes": "make demo writes it",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The captions and images of one split; an image's row is its place in `image_ids`."""
+
+    dataset: str
+    name: str
+    captions: list[str]
+    image_ids: list[str]  # in order of first appearance
+    image_files: list[str]  # one path an image; empty where the images are not needed
+    caption_image: np.ndarray  # (N_captions,) int64, row of each caption's image
+    dense: list[str] | None = None  # one dense text an image
+
+
+def load_split(
+    data_path: str | os.PathLike,
+    dataset: str,
+    split: str,
+    image_path: str | os.PathLike | None = None,
+    needs_dense: bool = False,
+    check_images: bool = True,
+) -> Split:
+    """Return split `split` (train, dev or test) of `dataset` (f30k, coco or scenes).
+
+    The ids file has a line for each caption, or one for each image (caption j then belongs to line
+    j // k). `needs_dense` asks for the dense texts; `check_images=False` is for a method that reads
+    no pixels: then neither the images nor id_mapping.json need to be there. Raises InputError with
+    the file and line, or both counts, where the files are missing, unreadable or disagree.
+    """
+    if dataset not in IMAGE_FOLDERS:
+        raise InputError(f"--dataset {dataset}: unknown, choose {', '.join(IMAGE_FOLDERS)}")
+    folder = Path(data_path) / dataset
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder} (--data_path); {CAPTION_SOURCES[dataset]}")
+    stem = "testall" if (dataset, split) == ("coco", "test") else split
+    captions_file, ids_file = folder / f"{stem}_caps.txt", folder / f"{stem}_ids.txt"
+    captions = _read_lines(captions_file, "caption", CAPTION_SOURCES[dataset])
+    lines = _read_lines(ids_file, "image id", CAPTION_SOURCES[dataset])
+    line_ids = _id_of_each_caption(lines, len(captions), ids_file, captions_file)
+    image_ids = list(dict.fromkeys(line_ids))
+    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
+    names = _image_names(folder / "id_mapping.json", image_ids, dataset, required=check_images)
+    root = Path(image_path or Path(data_path) / IMAGE_FOLDERS[dataset])
+    files = [os.path.join(root, name) for name in names]
+    if check_images:
+        _check_images(root, files, dataset)
+    dense = None
+    if needs_dense:
+        dense = _read_dense(folder / f"{dataset}_{stem}.jsonl", image_ids, names)
+    rows = np.array([row_of[image_id] for image_id in line_ids], dtype=np.int64)
+    return Split(dataset, split, captions, image_ids, files, rows, dense)
+
+
+def _read_text(path: Path, hint: str) -> str:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"no file {path}; {hint}") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror})") from None
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8; convert the file to UTF-8") from None
+
+
+def _split_lines(text: str) -> list[str]:
+    """Return the lines, split at newlines alone (a caption may hold other Unicode separators)."""
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_lines(path: Path, what: str, hint: str) -> list[str]:
+    lines = [line.strip() for line in _split_lines(_read_text(path, hint))]
+    if not lines:
+        raise InputError(f"{path} is empty; {hint}")
+    if "" in lines:
+        raise InputError(f"{path}:{lines.index('') + 1}: empty {what}; fill in or remove the line")
+    return lines
+
+
+def _id_of_each_caption(
+    ids: list[str], captions: int, ids_file: Path, captions_file: Path
+) -> list[str]:
+    if len(ids) == captions:
+        return ids
+    if captions % len(ids):
+        raise InputError(
+            f"{captions_file} has {captions} captions but {ids_file} has {len(ids)} ids; there "
+            "must be one id for each caption, or one for each image with equally many captions"
+        )
+    for line, (first, second) in enumerate(pairwise(ids), start=2):
+        if first == second:  # a list of one id per caption that was cut off
+            raise InputError(
+                f"{ids_file}:{line}: id {second} repeats, so the list has an id for each caption, "
+                f"but it has {len(ids)} ids and {captions_file} has {captions} captions"
+            )
+    per_image = captions // len(ids)
+    return [image_id for image_id in ids for _ in range(per_image)]
+
+
+def _image_names(path: Path, image_ids: list[str], dataset: str, required: bool) -> list[str]:
+    if not required and not path.exists():
+        return []
+    try:
+        mapping = json.loads(_read_text(path, CAPTION_SOURCES[dataset]))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: must map image ids to file names, as {{'25': 'name.jpg'}}")
+    unknown = [one for one in image_ids if not isinstance(mapping.get(one), str)]
+    if unknown:
+        raise InputError(
+            f"{path}: no file name for {len(unknown)} of {len(image_ids)} image ids "
+            f"({_first_three(unknown)}); add them to the mapping"
+        )
+    return [mapping[one] for one in image_ids]
+
+
+def _check_images(root: Path, files: list[str], dataset: str) -> None:
+    """Raise InputError unless all files are there; one listing a folder, not one look a file."""
+    if not root.is_dir():
+        raise InputError(f"no image folder {root}; {IMAGE_SOURCES[dataset]}")
+    listing: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in listing:
+            listing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listing[folder]:
+            missing.append(file)
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(files)} images are missing ({_first_three(missing)}); "
+            f"{IMAGE_SOURCES[dataset]}"
+        )
+
+
+def _read_dense(path: Path, image_ids: list[str], names: list[str]) -> list[str]:
+    """Return one dense text an image, matched by `image_id`, else `file_name`, else by order."""
+    way_out = (
+        "generate dense texts for this split, choose a split that has them (--val_split test), "
+        "or do without (--dense_side none)"
+    )
+    if not path.exists():
+        raise InputError(f"the method needs dense texts, but there is no {path}; {way_out}")
+    lines = _split_lines(_read_text(path, way_out))
+    records = [_parse_dense(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
+    if any("image_id" in record for record in records):
+        texts = _texts_by_key(records, "image_id", path)
+        found = [texts.get(one) for one in image_ids]
+    elif any("file_name" in record for record in records):
+        texts = _texts_by_key(records, "file_name", path)
+        found = [texts.get(name, texts.get(os.path.basename(name))) for name in names]
+    elif len(records) == len(image_ids):
+        return [record["text"] for record in records]
+    else:
+        raise InputError(
+            f"{path} has {len(records)} dense texts, but the ids file has {len(image_ids)} images; "
+            "lines without image_id or file_name must follow the images one by one"
+        )
+    without = [one for one, text in zip(image_ids, found, strict=False) if text is None]
+    if without or len(found) < len(image_ids):
+        raise InputError(
+            f"{path}: no dense text for {len(without) or len(image_ids)} of {len(image_ids)} "
+            f"images (image ids {_first_three(without or image_ids)}); {way_out}"
+        )
+    return found
+
+
+def _parse_dense(line: str, where: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not a JSON line ({error.msg})") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f'{where}: the line needs a non-empty "text"')
+    return record
+
+
+def _texts_by_key(records: list[dict], key: str, path: Path) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for line, record in enumerate(records, start=1):
+        if key not in record:
+            raise InputError(f'{path}:{line}: no "{key}", which other lines have')
+        value = str(record[key])
+        if value in texts:
+            raise InputError(f"{path}:{line}: {key} {value} has a dense text already")
+        texts[value] = record["text"]
+    return texts
+
+
+def _first_three(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")

@@ -1,0 +1,519 @@
+"""Splits, images and loaders on small files: both forms of ids, dense texts, order, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import (
+    EvalCaptions,
+    EvalImages,
+    PairSampler,
+    TrainSet,
+    caption_loader,
+    image_loader,
+    load_split,
+    train_loader,
+)
+from lib.errors import InputError
+from vocab import WordTokenizer, learn_vocabulary
+
+CAPTIONS = [f"caption number {n}" for n in range(6)]
+NAMES = {"7": "seven.jpg", "3": "three.jpg", "9": "nine.jpg"}
+
+
+def write_lines(path: Path, lines) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_dense(root: Path, records, dataset: str = "f30k", stem: str = "train") -> Path:
+    return write_lines(root / dataset / f"{dataset}_{stem}.jsonl", map(json.dumps, records))
+
+
+def write_image(path: Path, shade: int, size: tuple[int, int] = (40, 60)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(shade).integers(0, 256, (*size, 3), dtype=np.uint8)
+    cv2.imwrite(str(path), cv2.GaussianBlur(pixels, (0, 0), 3))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A data folder with a train split: three images, ids 7, 3, 9, two captions each."""
+    folder = tmp_path / "f30k"
+    write_lines(folder / "train_caps.txt", CAPTIONS)
+    write_lines(folder / "train_ids.txt", ["7", "7", "3", "3", "9", "9"])
+    (folder / "id_mapping.json").write_text(json.dumps(NAMES))
+    for shade, name in enumerate(NAMES.values()):
+        write_image(tmp_path / "flickr30k-images" / name, shade)
+    return tmp_path
+
+
+def make_split(tmp_path: Path, images: int = 12, per_image: int = 2) -> data.Split:
+    """A split of many images, read from disk."""
+    ids = [str(n) for n in range(images)]
+    folder = tmp_path / "scenes"
+    captions = [f"a cat {n}" for n in range(images * per_image)]
+    write_lines(folder / "train_caps.txt", captions)
+    write_lines(folder / "train_ids.txt", ids)
+    (folder / "id_mapping.json").write_text(json.dumps({one: f"{one}.jpg" for one in ids}))
+    for n in range(images):
+        write_image(folder / "images" / f"{n}.jpg", n)
+    write_dense(tmp_path, [{"text": f"dense {n} {'long ' * n}"} for n in range(images)], "scenes")
+    return load_split(tmp_path, "scenes", "train", needs_dense=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> WordTokenizer:
+    return WordTokenizer(learn_vocabulary(["a cat caption number dense long 0 1 2 3 4 5 6 7 8 9"]))
+
+
+# --- splits ------------------------------------------------------------------------------------
+
+
+def test_ids_line_per_caption(root):
+    split = load_split(root, "f30k", "train")
+    assert split.captions == CAPTIONS
+    assert split.image_ids == ["7", "3", "9"]
+    assert split.caption_image.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [os.path.basename(file) for file in split.image_files] == list(NAMES.values())
+    assert split.dense is None
+
+
+def test_ids_line_per_caption_with_unequal_counts_out_of_order(root):
+    write_lines(root / "f30k" / "train_ids.txt", ["9", "7", "9", "9", "7", "3"])
+    split = load_split(root, "f30k", "train")
+    assert split.image_ids == ["9", "7", "3"]
+    assert split.caption_image.tolist() == [0, 1, 0, 0, 1, 2]
+
+
+def test_ids_line_per_image(root):
+    write_lines(root / "f30k" / "train_ids.txt", ["3", "9"])
+    split = load_split(root, "f30k", "train")
+    assert split.image_ids == ["3", "9"]
+    assert split.caption_image.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_captions_are_split_at_newlines_alone(root):
+    text = "one\u2028still one\r\ntwo\x85still two\r\n" + "more\r\n" * 4
+    (root / "f30k" / "train_caps.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    captions = load_split(root, "f30k", "train").captions
+    assert captions == ["one\u2028still one", "two\x85still two", *["more"] * 4]
+
+
+def test_coco_test_is_testall_and_images_lie_in_two_folders(tmp_path):
+    write_lines(tmp_path / "coco" / "testall_caps.txt", CAPTIONS)
+    write_lines(tmp_path / "coco" / "testall_ids.txt", ["1", "2"])
+    mapping = {"1": "train2014/COCO_train2014_000000000001.jpg", "2": "val2014/b.jpg"}
+    (tmp_path / "coco" / "id_mapping.json").write_text(json.dumps(mapping))
+    for name in mapping.values():
+        write_image(tmp_path / "elsewhere" / name, 0)
+    split = load_split(tmp_path, "coco", "test", image_path=tmp_path / "elsewhere")
+    assert split.name == "test"
+    assert all(os.path.isfile(file) for file in split.image_files)
+
+
+def test_without_pixels_neither_images_nor_mapping_are_needed(root):
+    (root / "f30k" / "id_mapping.json").unlink()
+    split = load_split(root, "f30k", "train", check_images=False)
+    assert split.image_files == []
+    assert split.image_ids == ["7", "3", "9"]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"text": "seven"}, {"text": "three"}, {"text": "nine"}],
+        [
+            {"text": "nine", "image_id": 9},
+            {"text": "other", "image_id": 8},
+            {"text": "seven", "image_id": "7"},
+            {"text": "three", "image_id": 3},
+        ],
+        [
+            {"text": "three", "file_name": "three.jpg"},
+            {"text": "nine", "file_name": "nine.jpg"},
+            {"text": "seven", "file_name": "seven.jpg"},
+        ],
+    ],
+    ids=["order", "image_id", "file_name"],
+)
+def test_dense_texts_are_matched(root, records):
+    write_dense(root, records)
+    assert load_split(root, "f30k", "train", needs_dense=True).dense == ["seven", "three", "nine"]
+    assert load_split(root, "f30k", "train").dense is None
+
+
+def test_dense_file_name_matches_a_mapping_with_folders(root):
+    mapping = {one: f"sub/{name}" for one, name in NAMES.items()}
+    (root / "f30k" / "id_mapping.json").write_text(json.dumps(mapping))
+    records = [{"text": "a", "file_name": "sub/seven.jpg"}]
+    records += [{"text": name, "file_name": name} for name in ("three.jpg", "nine.jpg")]
+    write_dense(root, records)
+    split = load_split(root, "f30k", "train", needs_dense=True, check_images=False)
+    assert split.dense == ["a", "three.jpg", "nine.jpg"]
+
+
+# --- wrong input: one sentence that names the place and the way out ----------------------------
+
+
+def refuses(root: Path, *parts: str, dataset: str = "f30k", split: str = "train", **options):
+    with pytest.raises(InputError) as caught:
+        load_split(root, dataset, split, **options)
+    message = str(caught.value)
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+
+
+def test_refuses_unknown_dataset(root):
+    refuses(root, "--dataset flowers", "f30k", dataset="flowers")
+
+
+def test_refuses_missing_dataset_folder(root):
+    refuses(root, f"no folder {root / 'coco'}", "--data_path", "LAPS", dataset="coco")
+    refuses(root, f"no folder {root / 'scenes'}", "make demo", dataset="scenes")
+
+
+@pytest.mark.parametrize("name", ["train_caps.txt", "train_ids.txt", "id_mapping.json"])
+def test_refuses_missing_file(root, name):
+    (root / "f30k" / name).unlink()
+    refuses(root, f"no file {root / 'f30k' / name}", "github.com/CrossmodalGroup/LAPS")
+
+
+def test_refuses_a_folder_in_a_files_place(root):
+    (root / "f30k" / "train_caps.txt").unlink()
+    (root / "f30k" / "train_caps.txt").mkdir()
+    refuses(root, "train_caps.txt can't be read")
+
+
+def test_refuses_missing_image_folder(root):
+    refuses(root, "no image folder", "nowhere", "kaggle.com", image_path=root / "nowhere")
+
+
+def test_coco_and_scenes_images_name_their_source(tmp_path):
+    for dataset, source in (("coco", "images.cocodataset.org"), ("scenes", "make demo")):
+        write_lines(tmp_path / dataset / "train_caps.txt", ["a"])
+        write_lines(tmp_path / dataset / "train_ids.txt", ["1"])
+        (tmp_path / dataset / "id_mapping.json").write_text('{"1": "1.jpg"}')
+        refuses(tmp_path, "no image folder", source, dataset=dataset)
+
+
+def test_refuses_missing_images_with_their_number_and_the_first_three(root):
+    write_lines(root / "f30k" / "train_ids.txt", ["1", "2", "3", "4", "5", "6"])
+    mapping = {str(n): f"{n}.jpg" for n in range(1, 7)} | {"3": "three.jpg"}
+    (root / "f30k" / "id_mapping.json").write_text(json.dumps(mapping))
+    first = ", ".join(str(root / "flickr30k-images" / f"{n}.jpg") for n in (1, 2, 4))
+    refuses(root, "5 of 6 images are missing", f"({first}, …)", "--f30k_img_path")
+
+
+def test_refuses_images_in_a_missing_subfolder(root):
+    mapping = {one: f"sub/{name}" for one, name in NAMES.items()}
+    (root / "f30k" / "id_mapping.json").write_text(json.dumps(mapping))
+    refuses(root, "3 of 3 images are missing")
+
+
+@pytest.mark.parametrize("count", [4, 7, 12])
+def test_refuses_counts_that_disagree(root, count):
+    write_lines(root / "f30k" / "train_ids.txt", range(count))
+    refuses(root, "train_caps.txt has 6 captions", f"train_ids.txt has {count} ids")
+
+
+def test_refuses_a_cut_off_list_of_one_id_per_caption(root):
+    """3 ids divide 6 captions, yet the list can't be one id for each image."""
+    write_lines(root / "f30k" / "train_ids.txt", ["7", "7", "3"])
+    refuses(root, "train_ids.txt:2: id 7 repeats", "3 ids", "6 captions")
+
+
+def test_refuses_empty_lines_and_files(root):
+    write_lines(root / "f30k" / "train_caps.txt", [*CAPTIONS[:3], " \t", *CAPTIONS[4:]])
+    refuses(root, "train_caps.txt:4: empty caption")
+    write_lines(root / "f30k" / "train_caps.txt", CAPTIONS)
+    write_lines(root / "f30k" / "train_ids.txt", ["7", ""])
+    refuses(root, "train_ids.txt:2: empty image id")
+    write_lines(root / "f30k" / "train_ids.txt", [])
+    refuses(root, "train_ids.txt is empty")
+
+
+def test_refuses_other_encodings_with_file_and_line(root):
+    path = root / "f30k" / "train_caps.txt"
+    path.write_bytes(b"one\ntwo\ncaf\xe9\nfour\nfive\nsix\n")
+    refuses(root, f"{path}:3: not UTF-8")
+
+
+def test_refuses_broken_mappings(root):
+    path = root / "f30k" / "id_mapping.json"
+    path.write_text('{"7": "seven.jpg",\n"3": }')
+    refuses(root, f"{path}:2: not JSON")
+    path.write_text("[]")
+    refuses(root, f"{path}: must map image ids to file names")
+    path.write_text('{"7": "seven.jpg", "9": 4}')
+    refuses(root, f"{path}: no file name for 2 of 3 image ids (3, 9)")
+
+
+def test_refuses_a_split_without_dense_texts_where_they_are_needed(root):
+    path = root / "f30k" / "f30k_train.jsonl"
+    refuses(root, f"no {path}", "--val_split test", "--dense_side none", needs_dense=True)
+
+
+@pytest.mark.parametrize(
+    ("records", "parts"),
+    [
+        ([{"text": "a"}] * 2, ["has 2 dense texts", "3 images"]),
+        ([{"text": "a"}] * 6, ["has 6 dense texts", "3 images"]),
+        ([{"text": "a"}, {"caption": "b"}, {"text": "c"}], [":2: the line needs a non-empty"]),
+        ([{"text": "a"}, {"text": " "}, {"text": "c"}], [":2: the line needs a non-empty"]),
+        ([{"text": "a"}, ["b"], {"text": "c"}], [":2: the line needs a non-empty"]),
+        ([{"text": "a", "image_id": 7}, {"text": "b"}], [':2: no "image_id"']),
+        ([{"text": "a", "image_id": 7}, {"text": "b", "image_id": "7"}], [":2: image_id 7 has"]),
+        ([{"text": "a", "image_id": 7}], ["no dense text for 2 of 3 images", "3, 9"]),
+        ([{"text": "a", "file_name": "nine.jpg"}], ["no dense text for 2 of 3 images", "7, 3"]),
+    ],
+)
+def test_refuses_dense_texts_that_do_not_fit(root, records, parts):
+    write_dense(root, records)
+    refuses(root, "f30k_train.jsonl", *parts, needs_dense=True)
+
+
+def test_refuses_dense_lines_that_are_not_json(root):
+    path = write_lines(root / "f30k" / "f30k_train.jsonl", ['{"text": "a"}', '{"text": "b', ""])
+    refuses(root, f"{path}:2: not a JSON line", needs_dense=True)
+
+
+def test_refuses_file_names_without_a_mapping(root):
+    (root / "f30k" / "id_mapping.json").unlink()
+    write_dense(root, [{"text": "a", "file_name": "seven.jpg"}])
+    refuses(root, "no dense text for 3 of 3", needs_dense=True, check_images=False)
+
+
+def test_refuses_a_batch_larger_than_the_data():
+    with pytest.raises(InputError, match="--batch_size 4 on 2 process.* more than the 7 captions"):
+        PairSampler(7, 4, world=2)
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def test_pixels_are_rgb_uint8_and_close_to_pil(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    write_image(tmp_path / "a.png", 3, (90, 70))
+    pixels = data.ImageFolderSource([str(tmp_path / "a.png")], 32, augment=False).read(0)
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.dtype == torch.uint8
+    with image.open(tmp_path / "a.png") as opened:
+        expected = np.asarray(opened.convert("RGB").resize((32, 32), image.Resampling.BICUBIC))
+    difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected)
+    assert difference.max() <= 3
+
+
+def test_grey_and_narrow_images_are_read(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((4, 300), 77, dtype=np.uint8))
+    source = data.ImageFolderSource([str(tmp_path / "a.png")], 16, augment=True)
+    pixels = source.read(0, np.random.default_rng(0))
+    assert torch.equal(pixels, torch.full((3, 16, 16), 77, dtype=torch.uint8))
+
+
+def test_crop_boxes_keep_scale_ratio_and_place():
+    rng = np.random.default_rng(0)
+    boxes = np.array([data._crop_box(300, 400, rng) for _ in range(2000)])
+    top, left, height, width = boxes.T
+    area, ratio = height * width / 120000, width / height
+    assert area.min() > 0.59
+    assert area.max() <= 1
+    assert ratio.min() > 0.74
+    assert ratio.max() < 1.345
+    assert (top + height).max() == 300  # every border is reached, none is crossed
+    assert (left + width).max() == 400
+    assert top.min() == left.min() == 0
+
+
+def test_half_of_the_training_images_are_mirrored():
+    ramp = torch.arange(60, dtype=torch.uint8).expand(3, 40, 60) * 4
+    rng = np.random.default_rng(0)
+    crops = [data.random_crop_and_flip(ramp, 8, rng) for _ in range(400)]
+    mirrored = sum(int(crop[0, 0, 0] > crop[0, 0, -1]) for crop in crops)
+    assert 160 < mirrored < 240
+
+
+# --- loaders -----------------------------------------------------------------------------------
+
+
+def make_train_set(split, tokenizer, **options) -> TrainSet:
+    options = {"img_res": 16, "max_word": 12, "seed": 5, "max_dense_word": 8, **options}
+    return TrainSet(split, tokenizer, **options)
+
+
+def flatten(batches) -> list[torch.Tensor]:
+    """Every tensor of every batch, in order."""
+    fields = ("pixels", "ids", "lengths", "image_ids", "caption_index", "dense_ids")
+    return [getattr(batch, field) for batch, _ in batches for field in fields]
+
+
+def assert_same(first, second) -> None:
+    first, second = flatten(first), flatten(second)
+    assert len(first) == len(second) > 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_pair_is_a_caption_its_image_and_the_images_dense_text(tmp_path, tokenizer):
+    split = make_split(tmp_path)
+    options = {"augment_images": False, "augment_words": False}
+    loader = train_loader(make_train_set(split, tokenizer, **options), 5)
+    plain = data.ImageFolderSource(split.image_files, 16, augment=False)
+    assert len(loader) == 4
+    seen = []
+    for batch, bad_paths in loader.batches(0):
+        assert bad_paths == []
+        for b, caption in enumerate(batch.caption_index.tolist()):
+            row = caption // 2
+            words = tokenizer.encode(split.captions[caption], 12)
+            dense = tokenizer.encode(split.dense[row], 8)
+            assert batch.image_ids[b] == row
+            assert torch.equal(batch.pixels[b], plain.read(row))
+            assert batch.ids[b, : batch.lengths[b]].tolist() == words
+            assert batch.ids[b, batch.lengths[b] :].eq(tokenizer.pad_id).all()
+            assert batch.dense_ids[b, : batch.dense_lengths[b]].tolist() == dense
+        assert batch.ids.shape[1] == batch.lengths.max()
+        seen += batch.caption_index.tolist()
+    assert len(set(seen)) == 20  # no caption twice in an epoch; four of 24 are left out
+
+
+def test_batches_depend_neither_on_workers_nor_on_what_ran_before(tmp_path, tokenizer):
+    split = make_split(tmp_path)
+    alone = train_loader(make_train_set(split, tokenizer), 4)
+    helped = train_loader(make_train_set(split, tokenizer), 4, num_workers=2)
+    assert_same(helped.batches(0), alone.batches(0))
+    torch.rand(3)
+    np.random.rand(3)
+    assert_same(helped.batches(1), alone.batches(1))  # the epoch reaches persistent workers
+
+
+def test_epochs_and_seeds_differ_in_order_and_augmentation(tmp_path, tokenizer):
+    dataset = make_train_set(make_split(tmp_path), tokenizer)
+    first, again, later = (dataset[(epoch, 3)] for epoch in (0, 0, 1))
+    assert torch.equal(first.pixels, again.pixels)
+    assert not torch.equal(first.pixels, later.pixels)
+    orders = set()
+    for epoch, seed in ((0, 5), (1, 5), (0, 6)):
+        sampler = PairSampler(24, 4, seed)
+        sampler.set_epoch(epoch)
+        orders.add(tuple(index for keys in sampler for _, index in keys))
+    assert len(orders) == 3
+
+
+def test_resuming_in_mid_epoch_goes_on_with_the_same_batches(tmp_path, tokenizer):
+    loader = train_loader(make_train_set(make_split(tmp_path), tokenizer), 4)
+    whole = list(loader.batches(2))
+    assert len(whole) == len(loader) == 6
+    assert_same(loader.batches(2, start_step=4), whole[4:])
+    assert len(list(loader.batches(3))) == 6
+
+
+@pytest.mark.parametrize(("pairs", "batch"), [(24, 4), (27, 3), (8, 4)])
+def test_two_ranks_split_the_batch_of_one_process(pairs, batch):
+    one = PairSampler(pairs, 2 * batch, seed=1)
+    two = [PairSampler(pairs, batch, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    for sampler in (one, *two):
+        sampler.set_epoch(3)
+    assert len(one) == len(two[0]) == len(two[1]) == pairs // (2 * batch)
+    assert list(one) == [first + second for first, second in zip(*two, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_of_an_undecodable_image_are_left_out(tmp_path, tokenizer, workers):
+    split = make_split(tmp_path)
+    bad = split.image_files[4]
+    Path(bad).write_bytes(b"not an image")
+    dataset = make_train_set(split, tokenizer, augment_images=False)
+    good = data.ImageFolderSource(split.image_files, 16, augment=False)
+    rows, reported = [], []
+    for batch, bad_paths in train_loader(dataset, 6, num_workers=workers).batches(0):
+        reported += bad_paths
+        rows += batch.image_ids.tolist()
+        for b, row in enumerate(batch.image_ids.tolist()):
+            assert torch.equal(batch.pixels[b], good.read(row))
+            assert batch.caption_index[b] // 2 == row
+    assert reported == [bad, bad]  # once for each of its two captions
+    assert sorted(rows) == sorted([*range(12), *range(12)])[:8] + sorted(
+        [row for row in range(5, 12) for _ in (0, 1)]
+    )
+
+
+def test_a_batch_of_bad_pairs_alone_is_none(tmp_path, tokenizer):
+    split = make_split(tmp_path, images=2)
+    for file in split.image_files:
+        Path(file).write_bytes(b"")
+    batches = list(train_loader(make_train_set(split, tokenizer), 2).batches(0))
+    assert [batch for batch, _ in batches] == [None, None]
+    assert {path for _, paths in batches for path in paths} == set(split.image_files)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_takes_images_and_captions_once_in_order(tmp_path, tokenizer, workers):
+    split = make_split(tmp_path)
+    images = list(image_loader(EvalImages(split, 16), 5, num_workers=workers))
+    assert torch.cat([batch.image_ids for batch in images]).tolist() == list(range(12))
+    assert [batch.pixels.shape[0] for batch in images] == [5, 5, 2]
+    assert images[0].ids is images[0].dense_ids is images[0].caption_index is None
+    captions = list(caption_loader(EvalCaptions(split, tokenizer, 12), 7, num_workers=workers))
+    assert torch.cat([batch.caption_index for batch in captions]).tolist() == list(range(24))
+    assert torch.cat([batch.image_ids for batch in captions]).tolist() == [
+        row for row in range(12) for _ in (0, 1)
+    ]
+    assert captions[0].pixels is captions[0].dense_ids is None
+
+
+def test_evaluation_shards_and_dense_texts(tmp_path, tokenizer):
+    split = make_split(tmp_path)
+    images = EvalImages(split, 16, tokenizer, max_dense_word=6)
+    (batch,) = image_loader(images, 8, indices=range(3, 6))
+    assert batch.image_ids.tolist() == [3, 4, 5]
+    expected = [tokenizer.encode(split.dense[row], 6) for row in (3, 4, 5)]
+    assert batch.dense_lengths.tolist() == [len(ids) for ids in expected]
+    assert batch.dense_ids[2, : len(expected[2])].tolist() == expected[2]
+    captions = EvalCaptions(split, tokenizer, 12, max_dense_word=6)
+    (batch,) = caption_loader(captions, 8, indices=[10, 1])
+    assert batch.caption_index.tolist() == [10, 1]
+    first = tokenizer.encode(split.dense[5], 6)  # the dense text of the caption's own image
+    assert batch.dense_ids[0, : batch.dense_lengths[0]].tolist() == first
+    assert list(image_loader(images, 8, indices=[])) == []
+
+
+def test_a_method_without_pixels_gets_none(tmp_path, tokenizer):
+    split = make_split(tmp_path)
+    for file in split.image_files:
+        Path(file).unlink()
+    loader = train_loader(make_train_set(split, tokenizer, img_res=None), 4)
+    batch, bad_paths = next(loader.batches(0))
+    assert batch.pixels is None
+    assert batch.dense_ids.shape[0] == 4
+    assert bad_paths == []
+    (batch,) = image_loader(EvalImages(split, None, tokenizer, max_dense_word=6), 12)
+    assert batch.pixels is None
+    assert batch.dense_ids.shape[0] == 12
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_refuses_an_undecodable_image_in_one_sentence(tmp_path, workers):
+    split = make_split(tmp_path, images=3)
+    Path(split.image_files[1]).write_bytes(b"not an image")
+    with pytest.raises(InputError) as caught:
+        list(image_loader(EvalImages(split, 16), 2, num_workers=workers))
+    expected = f"{split.image_files[1]} can't be decoded; replace the image file"
+    assert str(caught.value) == expected
+
+
+def test_data_sets_survive_pickling_for_spawned_workers(tmp_path, tokenizer):
+    dataset = make_train_set(make_split(tmp_path), tokenizer)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[(1, 2)].pixels, dataset[(1, 2)].pixels)
+    assert again[(1, 2)].ids == dataset[(1, 2)].ids

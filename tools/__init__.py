@@ -1,0 +1,1 @@
+"""Programs beside training and evaluation, each a thin main over lib."""
