@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -327,11 +329,22 @@ class EvalLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def first(self, indices: Sequence[int]) -> Batch:
+        """Return one batch of the items that `indices` name, read in this process."""
+        dataset = self._loader.dataset
+        batch, bad_paths = self._loader.collate_fn([dataset[index] for index in indices])
+        _refuse(bad_paths)
+        return batch
+
     def __iter__(self) -> Iterator[Batch]:
         for batch, bad_paths in self._loader:
-            if bad_paths:  # raised here, as a worker would wrap the sentence in a traceback
-                raise InputError(f"{bad_paths[0]} can't be decoded; replace the image file")
+            _refuse(bad_paths)  # here, as a worker would wrap the sentence in a traceback
             yield batch
+
+
+def _refuse(bad_paths: Sequence[str]) -> None:
+    if bad_paths:
+        raise InputError(f"{bad_paths[0]} can't be decoded; replace the image file")
 
 
 def train_loader(
@@ -378,17 +391,25 @@ def caption_loader(
 def _loader(
     dataset: Dataset, tokenizer: WordTokenizer | None, workers: int, pin_memory: bool, **order
 ) -> DataLoader:
+    workers = min(workers, os.cpu_count() or 1)
+    if workers:
+        # OpenCV's thread pool does not survive a fork: a worker that inherits one can hang. Here,
+        # in the parent, it is taken down; workers are what decodes in parallel.
+        cv2.setNumThreads(1)
     return DataLoader(
         dataset,
         collate_fn=Collate(tokenizer.pad_id if tokenizer else 0),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_ignore_signals,
+        # a loader without its own generator draws from the model's, and a resumed run would differ
+        generator=torch.Generator(),
         **order,
     )
 
 
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the training loop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

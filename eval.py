@@ -20,7 +20,7 @@ from lib.errors import InputError
 from lib.evaluation import file_digest, split_results, split_similarity, write_results
 from lib.methods.base import Method
 from lib.metrics import format_table
-from lib.official import read_payload
+from lib.payloads import read_payload
 from lib.precision import autocast_for
 from train import prepare_scenes, start_processes, validation_loaders
 from vocab import WordTokenizer, load_tokenizer

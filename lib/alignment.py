@@ -6,21 +6,32 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, pad
+from torch.nn.functional import leaky_relu, normalize, pad, softplus
+
+from lib.batch import Tokens
 
 NEGATIVE_SLOPE = 0.1
+SMALLEST_NORM = 1e-12  # as torch's normalize
 
 
 def pair_affinity(tokens: Tensor, words: Tensor) -> Tensor:
-    """Return leaky_relu of all dot products: (B_v, T, N, C), (T, M, C) -> (B_v, T, N, M).
+    """Return leaky_relu of all cosines: (B_v, T or 1, N, C), (T, M, C) -> (B_v, T, N, M).
 
-    Both sides are normalised by the caller.
+    Tokens that no caption changes come with a second dimension of 1. Words are normalised by the
+    caller; tokens are normalised here, after the product, which touches fewer numbers.
     """
-    products = torch.einsum("vtnc,tmc->vtnm", tokens, words)
-    return leaky_relu(
-        products.float() if products.dtype in (torch.float16, torch.bfloat16) else products,
-        NEGATIVE_SLOPE,
-    )
+    return leaky_relu(_pair_products(tokens, words), NEGATIVE_SLOPE)
+
+
+def _pair_products(tokens: Tensor, words: Tensor) -> Tensor:
+    """Return products of normalised tokens with words, (B_v, T, N, M), at least float32."""
+    if tokens.shape[1] == 1:
+        products = torch.einsum("vnc,tmc->vtnm", tokens[:, 0], words)
+    else:
+        products = torch.einsum("vtnc,tmc->vtnm", tokens, words)
+    wide = torch.promote_types(products.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)  # (B_v, T|1, N, 1)
+    return products.to(wide) / norms.clamp(min=SMALLEST_NORM)
 
 
 def best_matches(affinity: Tensor, token_mask: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +97,46 @@ def max_mean(affinity: Tensor, token_mask: Tensor, word_mask: Tensor) -> Tensor:
     return masked_average(for_words, word_mask) + masked_average(for_tokens, token_mask)
 
 
+def threshold_mean(
+    affinity: Tensor, token_mask: Tensor, word_mask: Tensor, threshold: float
+) -> Tensor:
+    """Return mean_words mean{A near the word's best} + mean_tokens max_words A, (B_v, T).
+
+    A word averages the tokens whose affinity reaches max − threshold·|max| of its own, so that
+    several patches can speak for one word. Masks as in `best_matches`. Source: improved LAPS,
+    SPEC 10 (`thres`).
+    """
+    best, for_tokens = best_matches(affinity, token_mask, word_mask)
+    floor = (best - threshold * best.abs()).detach()[:, :, None]  # (B_v, T, 1, M)
+    near = (affinity >= floor) & token_mask[..., None]  # (B_v, T, N, M)
+    for_words = masked_average(affinity.transpose(2, 3), near.transpose(2, 3))  # (B_v, T, M)
+    return masked_average(for_words, word_mask) + masked_average(for_tokens, token_mask)
+
+
+def attention_mean(
+    tokens: Tensor,
+    words: Tensor,
+    word_mask: Tensor,
+    token_queries: Tensor,
+    word_queries: Tensor,
+    temperature: Tensor | float = 1.0,
+) -> Tensor:
+    """Return Σ P∘A / N + Σ Q∘A / n, the attended affinities A of both directions, (B_v, T).
+
+    P = softmax over words of `token_queries`·tokens / τ; Q = softmax over tokens of
+    `word_queries`·tokens / τ. tokens (B_v, T, N, C) and words (T, M, C) normalised, the queries
+    (T, M, C) two projections of the words, word_mask (T, M). Source: improved LAPS, SPEC 10.
+    """
+    affinity = pair_affinity(tokens, words)  # (B_v, T, N, M)
+    real = word_mask[None, :, None]  # (1, T, 1, M)
+    over_words = _pair_products(tokens, token_queries) / temperature
+    over_words = over_words.masked_fill(~real, -math.inf).softmax(3)
+    over_tokens = (_pair_products(tokens, word_queries) / temperature).softmax(2)
+    for_tokens = (over_words * affinity).sum(3).mean(2)  # (B_v, T)
+    for_words = (over_tokens * affinity).sum(2)  # (B_v, T, M)
+    return for_tokens + masked_average(for_words, word_mask)
+
+
 def relevance_aware(
     affinity: Tensor,
     token_mask: Tensor,
@@ -101,3 +152,44 @@ def relevance_aware(
         + masked_average(for_tokens, token_mask)
         + token_relevance(for_tokens, token_mask)
     )
+
+
+class DenseMatch(nn.Module):
+    """How well dense texts fit captions, word against word: (b_v, b_t), SPEC 4.2.
+
+    `max_mean`: mean over caption words of the best dense word's cosine + mean over dense words of
+    the best caption word's; `mean`: cosine of the two mean embeddings. With `initial_weight` the
+    term is multiplied by a learnt weight softplus(`raw_weight`) >= 0 that starts there.
+    """
+
+    def __init__(self, kind: str, initial_weight: float | None = None) -> None:
+        super().__init__()
+        if kind not in ("max_mean", "mean"):
+            raise ValueError(f"unknown dense match {kind!r}; known: max_mean, mean")
+        self.kind = kind
+        self.raw_weight = None
+        if initial_weight is not None:
+            self.raw_weight = nn.Parameter(torch.tensor(math.log(math.expm1(initial_weight))))
+
+    def prepare(self, texts: Tokens) -> dict[str, Tensor]:
+        """Return what the term needs of dense texts or of captions, a row each."""
+        if self.kind == "mean":
+            # at least float32: half precision would round many cosines to ties
+            words = texts.local.to(torch.promote_types(texts.local.dtype, torch.float32))
+            mean = masked_average(words.transpose(1, 2), texts.mask[:, None])  # (B, C)
+            return {"match_mean": normalize(mean, dim=-1)}
+        return {"match_words": normalize(texts.local, dim=-1), "match_mask": texts.mask}
+
+    def forward(self, dense: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
+        match = self._match(dense, captions)
+        return match if self.raw_weight is None else softplus(self.raw_weight) * match
+
+    def _match(self, dense: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
+        if self.kind == "mean":
+            dense_mean, caption_mean = dense["match_mean"], captions["match_mean"]
+            with torch.autocast(dense_mean.device.type, enabled=False):
+                return dense_mean @ caption_mean.T  # (b_v, b_t)
+        words = (dense["match_words"], captions["match_words"])
+        cosines = torch.einsum("vnc,tmc->vtnm", *words)
+        cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
+        return max_mean(cosines, dense["match_mask"][:, None], captions["match_mask"])

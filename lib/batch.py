@@ -56,6 +56,7 @@ class Tokens:
     mask: Tensor  # (B, N) bool, True where the token is real
     cls: Tensor | None = None  # (B, 1, C) the image encoder's [CLS], where it has one
     dense: Tokens | None = None  # dense text that belongs to these images or captions
+    fragments: Tokens | None = None  # what a method that pools made `local` of, where losses ask
 
     def __len__(self) -> int:
         return self.local.shape[0]
@@ -93,7 +94,11 @@ class Tokens:
         if extra <= 0:
             return self
         return Tokens(
-            pad(self.local, (0, 0, 0, extra)), pad(self.mask, (0, extra)), self.cls, self.dense
+            pad(self.local, (0, 0, 0, extra)),
+            pad(self.mask, (0, extra)),
+            self.cls,
+            self.dense,
+            self.fragments,
         )
 
     @staticmethod
@@ -101,11 +106,15 @@ class Tokens:
         """Return the rows of all parts in order, padded to the longest part."""
         width = max(part.local.shape[1] for part in parts)
         even = [part.padded(width) for part in parts]
+        fragments = None
+        if even[0].fragments is not None:
+            fragments = Tokens.cat([part.fragments for part in even])
         return Tokens(
             local=torch.cat([part.local for part in even]),
             mask=torch.cat([part.mask for part in even]),
             cls=None if even[0].cls is None else torch.cat([part.cls for part in even]),
             dense=None if even[0].dense is None else Tokens.cat([part.dense for part in even]),
+            fragments=fragments,
         )
 
     def _map(self, change) -> Tokens:
@@ -114,4 +123,5 @@ class Tokens:
             mask=change(self.mask),
             cls=None if self.cls is None else change(self.cls),
             dense=None if self.dense is None else self.dense._map(change),
+            fragments=None if self.fragments is None else self.fragments._map(change),
         )

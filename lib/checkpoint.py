@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from lib.errors import InputError
 from lib.methods import registry
 from lib.methods.base import Method
-from lib.official import is_official, load_official, read_payload
+from lib.official import is_official, load_official
+from lib.payloads import read_payload
 
 FORMAT = "seps-checkpoint"
 VERSION = 1

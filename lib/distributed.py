@@ -97,6 +97,7 @@ def gather_tokens(tokens: Tokens) -> Tokens:
         mask=gather_rows(even.mask, sizes),
         cls=None if even.cls is None else gather_rows(even.cls, sizes),
         dense=None if even.dense is None else gather_tokens(even.dense),
+        fragments=None if even.fragments is None else gather_tokens(even.fragments),
     )
 
 

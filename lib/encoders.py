@@ -204,6 +204,34 @@ class TextEncoder(nn.Module):
         return Tokens(self.proj(self.hidden(ids, mask)), mask)
 
 
+class RegionEncoder(nn.Module):
+    """Precomputed region features, projected to the joint space.
+
+    regions (B, N, F), lengths (B,) of the real ones (None: all) -> Tokens(local (B, N, C)), without
+    a [CLS]. What stands behind a row's length is masked, and never read. Raises InputError where
+    the features have other than F channels.
+    """
+
+    has_cls = False
+
+    def __init__(self, region_dim: int, embed_size: int) -> None:
+        super().__init__()
+        self.width = region_dim
+        self.proj = nn.Linear(region_dim, embed_size)
+
+    def forward(self, regions: Tensor, lengths: Tensor | None = None) -> Tokens:
+        if regions.shape[-1] != self.width:
+            raise InputError(
+                f"--region_dim {self.width}: the region features have {regions.shape[-1]} "
+                "channels; give that number"
+            )
+        if lengths is None:
+            mask = regions.new_ones(regions.shape[:2], dtype=torch.bool)
+        else:
+            mask = length_mask(lengths, regions.shape[1])
+        return Tokens(self.proj(regions), mask)
+
+
 def _output_width(backbone: nn.Module) -> int:
     config = backbone.config
     if config.model_type == "swin":
@@ -268,7 +296,8 @@ class EncoderSource:
     """Everything that building a method's encoders needs, read off the arguments once.
 
     `image_config`/`text_config` are config dictionaries of a checkpoint: with them nothing is
-    looked up, and the weights stay random until the checkpoint's are loaded.
+    looked up, and the weights stay random until the checkpoint's are loaded. `region_dim` says that
+    images come as precomputed regions of so many channels.
     """
 
     vit_type: str
@@ -282,9 +311,12 @@ class EncoderSource:
     tiny_patch_size: int = 16
     image_config: dict | None = None
     text_config: dict | None = None
+    region_dim: int | None = None
 
-    def image(self) -> ImageEncoder:
+    def image(self) -> ImageEncoder | RegionEncoder:
         """Return a new image encoder. Raises InputError as `load_backbone` does."""
+        if self.region_dim is not None:
+            return RegionEncoder(self.region_dim, self.embed_size)
         tiny = (self.tiny_width, self.tiny_layers, self.tiny_patch_size)
         return build_image_encoder(
             self.vit_type, self.embed_size, self.img_res, self.image_config, tiny

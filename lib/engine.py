@@ -242,13 +242,13 @@ class Trainer:
         """Return dev recalls; write them, and the checkpoint where rSum is the best so far."""
         results = evaluate_split(self.model, self.validation, self.device, self.autocast)
         progress = self.progress
-        progress.last_rsum, progress.validated_step = results["rsum"], progress.step
+        progress.last_rsum, progress.validated_step = float(results["rsum"]), progress.step
         seconds = results.pop("seconds")
         self.log.scalars(flatten_metrics(results, "val"), progress.step)
         self.log.scalars({"time/validation_s": seconds}, progress.step)
         best = results["rsum"] > progress.best_rsum
         if best:
-            progress.best_rsum = results["rsum"]
+            progress.best_rsum = progress.last_rsum
         self.log.say(
             f"step {progress.step} (epoch {progress.epoch}) {self.validation.name}: "
             f"I2T R@1 {results['i2t']['r1']:.1f}, T2I R@1 {results['t2i']['r1']:.1f}, "

@@ -105,8 +105,8 @@ class AlignmentLoss(nn.Module):
     """The loss that `--loss` names, on a global similarity matrix.
 
     similarity (B, B), image_ids (B,) -> scalar. `hard_negatives` switches the hinge loss from the
-    sum over negatives to the hardest one; `scale` multiplies whatever comes out. Draws of `trip` follow `seed` and a stored counter, so
-    they are the same on every rank and after a resume.
+    sum over negatives to the hardest one; `scale` multiplies whatever comes out. Draws of `trip`
+    follow `seed` and a stored counter, so they are the same on every rank and after a resume.
     """
 
     def __init__(

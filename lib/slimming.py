@@ -168,6 +168,39 @@ class PatchScore(nn.Module):
             return self.mlp(wide).squeeze(-1).sigmoid()
 
 
+class WordSelection(nn.Module):
+    """Which words enter the similarity: normalised words (B_t, M, C), mask -> bool (B_t, M).
+
+    A word's score is its product with a projection of the caption's [CLS]. `ratio` keeps the
+    ceil((n − 1)·ratio) best, `score` those above 0; [CLS] stays always. The choice carries no
+    gradient, so that this layer is never trained. Source: improved LAPS, SPEC 10.
+    """
+
+    def __init__(self, width: int, strategy: str = "ratio", ratio: float = 1.0) -> None:
+        super().__init__()
+        if strategy not in ("ratio", "score"):
+            raise ValueError(f"unknown word selection {strategy!r}; known: ratio, score")
+        self.strategy = strategy
+        self.ratio = ratio
+        self.attn_mat = nn.Linear(width, width)
+
+    @torch.no_grad()
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast(words.device.type, enabled=False):
+            wide = words.float() if _is_half(words) else words
+            scores = (wide @ self.attn_mat(wide[:, :1]).transpose(1, 2)).squeeze(-1)  # (B_t, M)
+        candidates = mask.clone()
+        candidates[:, 0] = False
+        if self.strategy == "score":
+            kept = candidates & (scores > 0)
+        else:
+            count = (candidates.sum(1).double() * self.ratio).ceil()  # float32 can round past it
+            order = scores.masked_fill(~candidates, -math.inf).argsort(1, descending=True)
+            kept = candidates & (order.argsort(1) < count[:, None])
+        kept[:, 0] = True
+        return kept
+
+
 def summarise_text(words: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Return what LAPS needs of each text: words (B_t, M, C) and mask (B_t, M) -> a dictionary.
 
@@ -234,6 +267,7 @@ class LapsNetwork(nn.Module):
             parts.insert(0, images["cls"][:, None].expand(-1, local.shape[1], -1, -1))
         return normalize(torch.cat([part.to(local.dtype) for part in parts], 2), dim=-1)
 
-    def ratio_loss(self) -> float:
-        """Return (ρ − kept share)², a constant under hard top-k, as the official loss has it."""
-        return (self.sparse_ratio - self.kept / self.num_patches) ** 2
+    @property
+    def kept_share(self) -> float:
+        """Return the share of patches that every pair keeps, in (0, 1]."""
+        return self.kept / self.num_patches

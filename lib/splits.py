@@ -80,6 +80,38 @@ def load_split(
     return Split(dataset, split, captions, image_ids, files, rows, dense)
 
 
+def hold_out(split: Split, count: int) -> tuple[Split, Split]:
+    """Return the split without `count` of its images, and those, evenly spread, as "held_out".
+
+    Raises InputError where nothing would be left to train on.
+    """
+    images = len(split.image_ids)
+    if count >= images:
+        raise InputError(f"the {split.name} split has {images} images, too few to hold {count} out")
+    held = np.zeros(images, dtype=bool)
+    held[np.linspace(0, images - 1, count).round().astype(int)] = True
+    return _subset(split, ~held, split.name), _subset(split, held, "held_out")
+
+
+def _subset(split: Split, chosen: np.ndarray, name: str) -> Split:
+    rows = np.flatnonzero(chosen)
+    new_row = np.cumsum(chosen) - 1
+    captions = np.flatnonzero(chosen[split.caption_image])
+
+    def take(values: list[str]) -> list[str]:
+        return [values[row] for row in rows] if values else values
+
+    return Split(
+        dataset=split.dataset,
+        name=name,
+        captions=[split.captions[index] for index in captions],
+        image_ids=take(split.image_ids),
+        image_files=take(split.image_files),
+        caption_image=new_row[split.caption_image[captions]],
+        dense=None if split.dense is None else take(split.dense),
+    )
+
+
 def _read_text(path: Path, hint: str) -> str:
     try:
         raw = path.read_bytes()

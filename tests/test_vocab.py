@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lib.errors import InputError
 from vocab import SPECIAL_TOKENS, WordTokenizer, learn_vocabulary, load_tokenizer
@@ -57,6 +59,18 @@ def test_cut_keeps_sep_and_words_agree_with_ids(tokenizer):
         ids_of("play", "##ing"),
         ids_of("cat", "##s"),
     ]
+
+
+@settings(max_examples=40)
+@given(st.text(max_size=30), st.integers(2, 20))
+def test_any_text_has_ids_that_agree_with_its_words(text, max_word):
+    tokenizer = WordTokenizer(TOKENS)
+    ids = tokenizer.encode(text, max_word)
+    words = tokenizer.encode_words(text, max_word)
+    assert ids == [ID["[CLS]"], *(one for word in words for one in word), ID["[SEP]"]]
+    assert len(ids) <= max_word
+    augmented = tokenizer.augment(words, np.random.default_rng(0))
+    assert (len(augmented) > 2) == (len(ids) > 2)
 
 
 def test_punctuation_and_repeated_words_are_words_of_their_own(tokenizer):

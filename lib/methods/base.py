@@ -35,6 +35,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--img_res", type=int, default=224, help="image side in pixels")
     group.add_argument(
+        "--precomp",
+        type=int,
+        default=0,
+        help="1: images are precomputed region features, not pixels; --vit_type is not used",
+    )
+    group.add_argument(
+        "--region_dim", type=int, default=2048, help="channels of a precomputed region"
+    )
+    group.add_argument(
         "--max_word", type=int, default=90, help="longest caption in word pieces; the rest is cut"
     )
     group.add_argument(
@@ -66,6 +75,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="1: patches are taken without gradient, as the released SEPS code does (its preset's "
         "default); 0: with gradient (the default elsewhere)",
+    )
+
+    dense = parser.add_argument_group("dense text (seps, dense_text)")
+    dense.add_argument(
+        "--dense_match",
+        default="none",
+        choices=["max_mean", "mean", "none"],
+        help="match captions with the images' dense texts and add that to the similarity: best "
+        "words both ways; cosine of mean embeddings; not at all. dense_text, which is this match "
+        "alone, takes none for max_mean",
     )
 
     loss = parser.add_argument_group("loss")
@@ -102,6 +121,7 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     uses_pixels: ClassVar[bool] = True
+    accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
 
     def __init__(
         self,
@@ -164,7 +184,8 @@ class Method(nn.Module):
         pixel_lengths: Tensor | None = None,
     ) -> Tokens:
         """Return the images' tokens: local (B_v, L, C), mask, cls, and dense words where given."""
-        tokens = self.image_encoder(pixels)
+        lengths = () if pixel_lengths is None else (pixel_lengths,)  # regions have them
+        tokens = self.image_encoder(pixels, *lengths)
         tokens.dense = self._encode_dense("image", dense_ids, dense_lengths)
         return tokens
 
@@ -208,12 +229,13 @@ class Method(nn.Module):
         """Return every map that `score` makes over all pairs, each (B_v, B_t), chunk by chunk."""
         prepared_images = self.prepare_images(images)
         prepared_texts = self.prepare_texts(texts)
+        image_parts = _chunks(prepared_images, self.shard_size)
+        text_parts = _chunks(prepared_texts, self.shard_size)
+        single = len(image_parts) == len(text_parts) == 1
+        score = self.score if single or not torch.is_grad_enabled() else self._score_again
         rows: dict[str, list[Tensor]] = {}
-        for image_part in _chunks(prepared_images, self.shard_size):
-            columns = [
-                self._score_chunk(image_part, text_part)
-                for text_part in _chunks(prepared_texts, self.shard_size)
-            ]
+        for image_part in image_parts:
+            columns = [score(image_part, text_part) for text_part in text_parts]
             for key in columns[0]:
                 rows.setdefault(key, []).append(torch.cat([one[key] for one in columns], dim=1))
         return {key: torch.cat(parts) for key, parts in rows.items()}
@@ -226,10 +248,9 @@ class Method(nn.Module):
         """Return the similarity matrix (B_v, B_t), higher is better."""
         return self.pair_maps(images, texts)["similarity"]
 
-    def _score_chunk(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        if torch.is_grad_enabled():
-            return checkpoint(self.score, images, texts, use_reentrant=False)
-        return self.score(images, texts)
+    def _score_again(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+        """Return `score`, keeping nothing for the backward pass, which computes it again."""
+        return checkpoint(self.score, images, texts, use_reentrant=False)
 
     # --- training ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from lib.encoders import EncoderSource
+from lib.errors import InputError
 from lib.methods.base import Method, add_common_arguments
 
 _METHODS: dict[str, type[Method]] = {}
@@ -50,6 +51,23 @@ def model_defaults() -> argparse.Namespace:
     return parser.parse_args([])
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise InputError where flags do not suit `args.method`: what all methods ask, then its own.
+
+    Called before anything is loaded.
+    """
+    method = get_method(args.method)
+    if args.precomp and not method.accepts_regions:
+        able = [name for name in method_names() if get_method(name).accepts_regions]
+        raise InputError(
+            f"--method {args.method} takes no precomputed regions: leave out --precomp, or "
+            f"take one of {', '.join(able)}"
+        )
+    if args.precomp and args.region_dim < 1:
+        raise InputError(f"--region_dim {args.region_dim}: give a whole number of at least 1")
+    method.check_arguments(args)
+
+
 def build_model(
     args: argparse.Namespace,
     vocab_size: int,
@@ -61,6 +79,7 @@ def build_model(
     The backbones come from `args.vit_type`/`args.bert_path`, or with random weights from the given
     configs. Raises InputError where a flag does not suit.
     """
+    check_arguments(args)
     source = EncoderSource(
         vit_type=args.vit_type,
         bert_path=args.bert_path,
@@ -73,5 +92,6 @@ def build_model(
         tiny_patch_size=args.tiny_patch_size,
         image_config=image_config,
         text_config=text_config,
+        region_dim=args.region_dim if args.precomp else None,
     )
     return get_method(args.method).from_args(args, source)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.alignment import Relevance, pair_affinity, relevance_aware
+from lib.alignment import DenseMatch, Relevance, pair_affinity, relevance_aware
 from lib.batch import Tokens
 from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.errors import InputError
 from lib.losses import AlignmentLoss, ratio_loss
 from lib.methods.base import Method, Prepared, check_slimming
 from lib.methods.registry import register_method
@@ -29,12 +30,15 @@ from lib.slimming import (
     top_k_mask,
 )
 
+DENSE_WEIGHT = 0.1  # where the learnt weight of --dense_match starts
+
 
 @register_method("seps")
 class SEPS(Method):
     """Semantic-Enhanced Patch Slimming, SPEC 4 (arXiv 2511.01390, eq. 1-7).
 
-    With the dense text on the image side, the dense branch is computed once an image.
+    With the dense text on the image side, the dense branch is computed once an image. With
+    `dense_match` the image's dense text is also matched with the caption, SPEC 4.2.
 
     NOTE: the paper's MLP of eq. 5 is `relevance="topk_mlp"`; the default is the mean of the top k.
     NOTE: the released code has neither s^p nor eq. 5; `seps_released` is that code.
@@ -58,9 +62,10 @@ class SEPS(Method):
         relevance: str = "topk_mean",
         relevance_topk: int = 5,
         dense_side: str = "image",
+        dense_match: str = "none",
         detach_patches: bool = False,
     ) -> None:
-        owner = {"image": "image", "caption": "caption", "none": None}[dense_side]
+        owner = _dense_owner(dense_side, dense_match)
         super().__init__(image_encoder, text_encoder, criterion, shard_size, owner)
         num_patches = image_encoder.num_patches
         tokens = aggregated_count(num_patches, sparse_ratio, aggr_ratio)
@@ -74,7 +79,11 @@ class SEPS(Method):
         self.detach_patches = detach_patches
         self.patch_score = PatchScore(embed_size)
         self.sparse_head = AggregationHead(embed_size, tokens)
-        self.dense_head = None if owner is None else AggregationHead(embed_size, tokens)
+        self.guide = None if dense_side == "none" else dense_side  # whose dense text guides
+        self.dense_head = None if self.guide is None else AggregationHead(embed_size, tokens)
+        self.dense_match = None
+        if dense_match != "none":
+            self.dense_match = DenseMatch(dense_match, initial_weight=DENSE_WEIGHT)
         self.word_relevance = Relevance(relevance, relevance_topk)
         self.token_relevance = Relevance(relevance, relevance_topk)
 
@@ -98,11 +107,12 @@ class SEPS(Method):
 
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str | None:
-        return None if args.dense_side == "none" else args.dense_side
+        return _dense_owner(args.dense_side, args.dense_match)
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
         check_slimming(args)
+        _dense_owner(args.dense_side, args.dense_match)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> SEPS:
@@ -122,6 +132,7 @@ class SEPS(Method):
             relevance=args.relevance,
             relevance_topk=args.relevance_topk,
             dense_side=args.dense_side,
+            dense_match=args.dense_match,
             detach_patches=bool(args.detach_patches),
         )
 
@@ -144,10 +155,12 @@ class SEPS(Method):
         }
         if images.cls is not None:
             prepared["cls"] = images.cls
-        if self.dense_owner == "caption":
+        if self.guide == "caption":
             prepared["dense_logits"] = self.dense_head(patches)
-        if self.dense_owner == "image":
+        if self.guide == "image":
             prepared.update(self._image_dense(patches, base, images.dense))
+        if self.dense_match is not None:
+            prepared.update(self.dense_match.prepare(images.dense))
         return prepared
 
     def _image_dense(self, patches: Tensor, base: Tensor, dense: Tokens) -> Prepared:
@@ -169,8 +182,10 @@ class SEPS(Method):
             "word_mask": texts.mask,
             "global": masked_mean(texts.local, texts.mask).detach(),
         }
-        if self.dense_owner == "caption":
+        if self.guide == "caption":
             prepared["dense_global"] = masked_mean(texts.dense.local, texts.dense.mask).detach()
+        if self.dense_match is not None:
+            prepared.update(self.dense_match.prepare(texts))
         return prepared
 
     # --- every pair ----------------------------------------------------------------------------
@@ -180,23 +195,24 @@ class SEPS(Method):
         shape = (len(patches), len(texts["words"]))
         sparse = self._branch(images, texts["global"], images["sparse_logits"])
         maps = {"kept_sparse": sparse["kept"]}
-        if self.dense_owner == "image":
+        if self.guide == "image":
             dense = {
                 "tokens": images["dense_tokens"][:, None],
                 "fused": images["dense_fused"][:, None],
                 "drops": images["dense_drops"].expand(shape),
             }
             maps["kept_dense"] = images["dense_kept"].expand(shape)
-        elif self.dense_owner == "caption":
+        elif self.guide == "caption":
             dense = self._branch(images, texts["dense_global"], images["dense_logits"])
             maps["kept_dense"] = dense["kept"]
         else:
             dense = None
-        tokens, mask = self._assemble(images, sparse, dense, shape)
-        affinity = pair_affinity(normalize(tokens, dim=-1), texts["words"])
+        affinity, mask = self._affinity(images, texts["words"], sparse, dense)
         maps["similarity"] = relevance_aware(
             affinity, mask, texts["word_mask"], self.word_relevance, self.token_relevance
         )
+        if self.dense_match is not None:
+            maps["similarity"] = maps["similarity"] + self.dense_match(images, texts)
         return maps
 
     def _branch(self, images: Prepared, embeddings: Tensor, logits: Tensor) -> Prepared:
@@ -212,21 +228,22 @@ class SEPS(Method):
             "drops": _drops_any(decision),  # (B_v, T)
         }
 
-    def _assemble(
-        self, images: Prepared, sparse: Prepared, dense: Prepared | None, shape: tuple[int, int]
+    def _affinity(
+        self, images: Prepared, words: Tensor, sparse: Prepared, dense: Prepared | None
     ) -> tuple[Tensor, Tensor]:
-        """Return [v_cls; aggregated; fused] of every pair (B_v, T, N, C) and their mask."""
+        """Return A of [v_cls; aggregated; fused] with the words, (B_v, T, N, M), and N's mask."""
         local = sparse["tokens"] if dense is None else sparse["tokens"] + dense["tokens"]
-        always = local.new_ones((*shape, 1), dtype=torch.bool)
-        parts, masks = [local], [always.expand(*shape, local.shape[2])]
+        parts, masks = [local], [sparse["drops"].new_ones(local.shape[:3])]
         if "cls" in images:
-            parts.insert(0, images["cls"][:, None].expand(*shape, 1, -1))
-            masks.insert(0, always)
+            parts.append(images["cls"][:, None])  # no caption changes it
+            masks.append(masks[0][:, :, :1])
         for branch in (sparse, dense):
             if branch is not None:
-                parts.append(branch["fused"].expand(*shape, 1, -1))
+                parts.append(branch["fused"])
                 masks.append(branch["drops"][..., None])
-        return torch.cat([part.to(local.dtype) for part in parts], 2), torch.cat(masks, 2)
+        # one product a part: joining the small affinities is cheaper than joining the tokens
+        affinity = torch.cat([pair_affinity(part, words) for part in parts], 2)
+        return affinity, torch.cat(masks, 2)
 
     def _decide(self, significance: Tensor) -> Tensor:
         """Return which patches stay: bool (…, L), or straight-through float in Gumbel training."""
@@ -258,6 +275,19 @@ class SEPS(Method):
         if "kept_dense" in maps:
             losses["kept_dense"] = maps["kept_dense"].detach().mean()
         return losses
+
+
+def _dense_owner(dense_side: str, dense_match: str) -> str | None:
+    """Return who is given the dense text. Raises InputError where that would mix protocols."""
+    if dense_match == "none":
+        return None if dense_side == "none" else dense_side
+    if dense_side == "caption":
+        raise InputError(
+            f"--dense_match {dense_match} matches the dense texts of gallery images, and "
+            "--dense_side caption reads that of the caption's own image: give --dense_side image "
+            "or none"
+        )
+    return "image"
 
 
 def _drops_any(decision: Tensor) -> Tensor:

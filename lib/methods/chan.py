@@ -1,0 +1,45 @@
+"""CHAN: each word takes its one best patch."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lib.alignment import masked_average
+from lib.batch import Tokens
+from lib.encoders import EncoderSource
+from lib.losses import AlignmentLoss
+from lib.methods.base import Method, Prepared
+from lib.methods.registry import register_method
+
+
+@register_method("chan")
+class CHAN(Method):
+    """Mean over words of the best patch's cosine, the hard assignment of CHAN (CVPR 2023).
+
+    An image's [CLS] takes no part; a caption's [CLS] and [SEP] are words like any other.
+    """
+
+    accepts_regions = True
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> CHAN:
+        criterion = AlignmentLoss.from_args(args)
+        return cls(source.image(), source.text(), criterion, args.shard_size)
+
+    def prepare_images(self, images: Tokens) -> Prepared:
+        return {"patches": normalize(images.local, dim=-1), "mask": images.mask}
+
+    def prepare_texts(self, texts: Tokens) -> Prepared:
+        return {"words": normalize(texts.local, dim=-1), "mask": texts.mask}
+
+    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+        cosines = torch.einsum("vlc,tmc->vtml", images["patches"], texts["words"])
+        hidden = ~images["mask"][:, None, None]
+        best = cosines.masked_fill(hidden, -torch.inf).amax(3)  # (b_v, b_t, M)
+        # at least float32: half precision would round many means to ties
+        best = best.to(torch.promote_types(best.dtype, torch.float32))
+        return {"similarity": masked_average(best, texts["mask"])}

@@ -1,0 +1,95 @@
+"""VSE++: one embedding an image, one a caption, cosine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lib.batch import Tokens
+from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.losses import AlignmentLoss
+from lib.methods.base import Method, Prepared
+from lib.methods.registry import register_method
+from lib.pooling import GPO
+from lib.slimming import full_precision, masked_mean
+
+Pooling = Callable[[Tensor, Tensor], Tensor]  # tokens (B, N, C), mask (B, N) -> (B, C)
+
+
+@register_method("vse")
+class VSE(Method):
+    """Cosine of pooled patches and pooled words (VSE++, BMVC 2018; GPO pooling, CVPR 2021).
+
+    Tokens hold one local token: `local` (B, 1, C), of length 1. An image's [CLS] is not pooled.
+    """
+
+    accepts_regions = True
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        criterion: AlignmentLoss,
+        *,
+        shard_size: int = 64,
+        pool: str = "gpo",
+    ) -> None:
+        super().__init__(image_encoder, text_encoder, criterion, shard_size)
+        self.image_pool = _pooling(pool)
+        self.text_pool = _pooling(pool)
+
+    @classmethod
+    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
+        group.add_argument(
+            "--vse_pool",
+            default="gpo",
+            choices=["gpo", "mean"],
+            help="how patches and words become one embedding: generalised pooling, or the mean",
+        )
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> VSE:
+        return cls(
+            source.image(),
+            source.text(),
+            AlignmentLoss.from_args(args),
+            shard_size=args.shard_size,
+            pool=args.vse_pool,
+        )
+
+    def encode_images(self, *args, **kwargs) -> Tokens:
+        """Return the images' embeddings as Tokens: local (B_v, 1, C) of length 1."""
+        return _pooled(super().encode_images(*args, **kwargs), self.image_pool)
+
+    def encode_texts(self, *args, **kwargs) -> Tokens:
+        """Return the captions' embeddings as Tokens: local (B_t, 1, C) of length 1."""
+        return _pooled(super().encode_texts(*args, **kwargs), self.text_pool)
+
+    def prepare_images(self, images: Tokens) -> Prepared:
+        return {"embedding": images.local[:, 0]}
+
+    def prepare_texts(self, texts: Tokens) -> Prepared:
+        return {"embedding": texts.local[:, 0]}
+
+    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+        return {"similarity": _products(images["embedding"], texts["embedding"])}
+
+
+@full_precision
+def _products(images: Tensor, texts: Tensor) -> Tensor:
+    """Return all dot products, (b_v, b_t); in bf16 many of them would tie."""
+    return images @ texts.T
+
+
+def _pooling(kind: str) -> Pooling:
+    if kind not in ("gpo", "mean"):
+        raise ValueError(f"unknown pooling {kind!r}; known: gpo, mean")
+    return GPO() if kind == "gpo" else masked_mean
+
+
+def _pooled(tokens: Tokens, pool: Pooling) -> Tokens:
+    embedding = normalize(pool(tokens.local, tokens.mask), dim=-1)
+    return Tokens(embedding[:, None], tokens.mask.new_ones(len(tokens), 1))

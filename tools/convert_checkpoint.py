@@ -1,0 +1,53 @@
+"""Rewrite a checkpoint in this project's format: python -m tools.convert_checkpoint IN OUT."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.checkpoint import load_model, model_payload, save_payload
+from lib.errors import InputError
+from lib.payloads import SAFETENSORS, read_payload, write_safetensors
+from vocab import load_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the converted file; return the exit code: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser("tools.convert_checkpoint", description=__doc__)
+    parser.add_argument("checkpoint", help="an official or one of our checkpoints")
+    parser.add_argument("out", help="ends in .pth or .safetensors")
+    parser.add_argument("--method", default=None, help="laps, seps_released or ilaps")
+    parser.add_argument("--vit_path", default=None, help="folder with the image config.json")
+    parser.add_argument(
+        "--bert_path", default=None, help="folder with BERT's config and vocabulary"
+    )
+    args = parser.parse_args(argv)
+    try:
+        convert(args)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written to {args.out}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write `args.out` from `args.checkpoint`. Raises InputError where either does not suit."""
+    out = Path(args.out)
+    if out.suffix not in (".pth", SAFETENSORS):
+        raise InputError(f"{out}: end the name in .pth or {SAFETENSORS}")
+    if out.exists() and out.samefile(args.checkpoint):
+        raise InputError(f"{out} is the input itself; write to another file")
+    model, trained = load_model(args.checkpoint, args.method, args.vit_path, args.bert_path)
+    words = read_payload(args.checkpoint).get("vocabulary")
+    if words is None:
+        words = load_tokenizer(trained.bert_path).tokens
+    payload = model_payload(model, trained, words)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (write_safetensors if out.suffix == SAFETENSORS else save_payload)(out, payload)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
