@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# idle OpenMP threads that spin slow a busy CPU down
+export OMP_WAIT_POLICY ?= PASSIVE
 PIP_FLAGS ?= --disable-pip-version-check -q
 
 .PHONY: demo test test-all lint figure tensorboard clean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -402,14 +401,17 @@ def _loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_process_group,
         # a loader without its own generator draws from the model's, and a resumed run would differ
         generator=torch.Generator(),
         **order,
     )
 
 
-def _ignore_signals(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the training loop."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_process_group(_: int) -> None:
+    """Keep Ctrl-C and a SIGTERM for the whole group from the workers: the training loop decides.
+
+    A worker must go on obeying a SIGTERM of its own: that is how the interpreter ends workers when
+    it exits, and it would wait for ever for one that ignored it.
+    """
+    os.setpgid(0, 0)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# read when torch loads: idle OpenMP threads that spin slow a busy CPU several times down
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import sys
 import time
@@ -98,7 +103,7 @@ def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
     settings.dataset = args.dataset or trained.dataset
     for name in ("data_path", "f30k_img_path", "coco_img_path", "batch_size", "workers"):
         setattr(settings, name, getattr(args, name))
-    settings.scenes_size = args.scenes_size or trained.scenes_size
+    settings.scenes_size = args.scenes_size or getattr(trained, "scenes_size", None)
     return settings
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+
+# read when torch loads: idle OpenMP threads that spin slow a busy CPU several times down
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
 import random
 import sys
 from collections.abc import Sequence

@@ -123,9 +123,10 @@ def attention_mean(
 ) -> Tensor:
     """Return Σ P∘A / N + Σ Q∘A / n, the attended affinities A of both directions, (B_v, T).
 
-    P = softmax over words of `token_queries`·tokens / τ; Q = softmax over tokens of
-    `word_queries`·tokens / τ. tokens (B_v, T, N, C) and words (T, M, C) normalised, the queries
-    (T, M, C) two projections of the words, word_mask (T, M). Source: improved LAPS, SPEC 10.
+    P = softmax over words of `token_queries`·token / τ, Q = softmax over tokens of
+    `word_queries`·token / τ, tokens normalised here. tokens (B_v, T, N, C), words (T, M, C)
+    normalised, the queries (T, M, C) two projections of them, word_mask (T, M). Source: improved
+    LAPS, SPEC 10.
     """
     affinity = pair_affinity(tokens, words)  # (B_v, T, N, M)
     real = word_mask[None, :, None]  # (1, T, 1, M)

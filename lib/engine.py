@@ -286,6 +286,7 @@ class Trainer:
             leave=False,
             ncols=80,
             mininterval=0.5,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
         )
 
     # --- stopping and going on -----------------------------------------------------------------

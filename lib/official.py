@@ -14,7 +14,6 @@ from lib.encoders import hub_id
 from lib.errors import InputError
 from lib.methods import registry
 from lib.methods.base import Method
-from lib.payloads import read_payload as read_payload
 
 METHODS = ("laps", "seps_released", "ilaps")
 PREFIXES = ("img_enc.", "txt_enc.", "cross_net.")

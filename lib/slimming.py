@@ -258,14 +258,14 @@ class LapsNetwork(nn.Module):
             return scores, top_k_mask(scores, self.kept)
 
     def tokens(self, images: dict[str, Tensor], embeddings: Tensor) -> Tensor:
-        """Return [v_cls; aggregated; fused] of every pair, normalised: (B_v, T, N, C)."""
+        """Return [v_cls; aggregated; fused] of every pair, (B_v, T, N, C)."""
         patches = images["patches"]
         scores, decision = self.select(images, embeddings)
         local = aggregate(patches, images["logits"], decision)  # (B_v, T, N_c, C)
         parts = [local, fuse_dropped(patches, scores, decision)[:, :, None]]
         if "cls" in images:
             parts.insert(0, images["cls"][:, None].expand(-1, local.shape[1], -1, -1))
-        return normalize(torch.cat([part.to(local.dtype) for part in parts], 2), dim=-1)
+        return torch.cat([part.to(local.dtype) for part in parts], 2)
 
     @property
     def kept_share(self) -> float:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -282,3 +286,47 @@ def test_data_sets_survive_pickling_for_spawned_workers(tmp_path, tokenizer):
     again = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(again[(1, 2)].pixels, dataset[(1, 2)].pixels)
     assert again[(1, 2)].ids == dataset[(1, 2)].ids
+
+
+GROUP_SIGNALS = """
+import signal, sys, time
+from pathlib import Path
+from tests import test_data
+from vocab import WordTokenizer, learn_vocabulary
+
+tokenizer = WordTokenizer(learn_vocabulary(["a cat 0 1 2"]))
+dataset = test_data.make_train_set(test_data.make_split(Path(sys.argv[1])), tokenizer)
+loader = test_data.train_loader(dataset, 4, num_workers=1)
+caught = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *received: caught.append(received[0]))
+count = 0
+for epoch in range(2):
+    for _ in loader.batches(epoch):
+        count += 1
+        if count == 1:
+            print("ready", flush=True)
+            while len(caught) < 2:
+                time.sleep(0.01)
+print(count)
+"""
+
+
+def test_workers_outlive_group_signals_and_end_with_the_program(tmp_path):
+    """Ctrl-C reaches the whole group; a loader still alive must not keep the program from ending."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", GROUP_SIGNALS, str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=30)
+        assert (output, process.returncode) == ("12\n", 0)
+    finally:
+        process.kill()

@@ -163,7 +163,7 @@ def test_dense_texts_that_agree_in_part_stay_apart():
     mask = torch.ones(5, 9, dtype=torch.bool)
     local[1, 8] += 1  # the same [CLS], another last word
     mask[2, 5:] = False  # the same beginning, shorter
-    local[3, 5:] = 0  # the same numbers as padding, yet real
+    local[0, 5:] = 0  # the same numbers as that padding, yet real
     texts.dense = Tokens(local, mask)
     with torch.no_grad():
         together = model.similarity(images, texts)
