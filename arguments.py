@@ -259,4 +259,4 @@ def check_train(args: argparse.Namespace) -> None:
         raise InputError(f"--learning_rate {args.learning_rate}: give a number above 0")
     if len(args.scenes_size) != 3:
         raise InputError("--scenes_size: give three numbers, train,dev,test")
-    registry.get_method(args.method).check_arguments(args)
+    registry.check_arguments(args)

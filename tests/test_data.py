@@ -313,7 +313,7 @@ print(count)
 
 
 def test_workers_outlive_group_signals_and_end_with_the_program(tmp_path):
-    """Ctrl-C reaches the whole group; a loader still alive must not keep the program from ending."""
+    """Ctrl-C reaches the whole group; a live loader must not keep the program from ending."""
     process = subprocess.Popen(
         [sys.executable, "-c", GROUP_SIGNALS, str(tmp_path)],
         cwd=Path(__file__).parent.parent,
