@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# idle OpenMP threads that spin slow a busy CPU down
-export OMP_WAIT_POLICY ?= PASSIVE
+# OpenMP threads that spin for long slow a busy CPU many times down
+export GOMP_SPINCOUNT ?= 2000
 PIP_FLAGS ?= --disable-pip-version-check -q
 
-.PHONY: demo test test-all lint figure tensorboard clean
+.PHONY: demo test test-all lint figure compare tensorboard clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test        install, run the tests (make test-all: the slow ones too)"
 	@echo "make lint        ruff check and format check"
 	@echo "make figure      draw imgs/kept_patches.png from the demo's checkpoint"
+	@echo "make compare     train and evaluate every method, three seeds (hours): runs/compare/README.md"
 	@echo "make tensorboard curves of every run"
 
 $(BIN)/python:
@@ -45,6 +46,9 @@ lint: $(VENV)/.installed-dev
 
 figure: $(VENV)/.installed
 	$(BIN)/python -m tools.draw_patches --checkpoint runs/demo/model_best.pth --out imgs/kept_patches.png
+
+compare: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.compare --dataset scenes
 
 tensorboard: $(VENV)/.installed
 	$(BIN)/tensorboard --logdir runs

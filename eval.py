@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# read when torch loads: idle OpenMP threads that spin slow a busy CPU several times down
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# read when torch loads: OpenMP threads that spin for long slow a busy CPU many times down
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import sys
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from arguments import image_path, parse_eval
-from data import Split, load_split
+from arguments import parse_eval
+from data import Split
 from lib import distributed
 from lib.checkpoint import load_model
 from lib.errors import InputError
@@ -27,7 +27,7 @@ from lib.methods.base import Method
 from lib.metrics import format_table
 from lib.payloads import read_payload
 from lib.precision import autocast_for
-from train import prepare_scenes, start_processes, validation_loaders
+from train import prepare_scenes, read_split, start_processes, validation_loaders
 from vocab import WordTokenizer, load_tokenizer
 
 BEST = "model_best.pth"
@@ -76,14 +76,7 @@ def evaluate_checkpoint(
         model.shard_size = args.shard_size
     prepare_scenes(settings)
     tokenizer = checkpoint_tokenizer(checkpoint, args, trained)
-    split = load_split(
-        settings.data_path,
-        settings.dataset,
-        args.split,
-        image_path=image_path(settings),
-        needs_dense=model.dense_owner is not None,
-        check_images=model.uses_pixels,
-    )
+    split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
     pin = device.type == "cuda"
     loaders = validation_loaders(settings, split, tokenizer, model.dense_owner, pin)
     started = time.perf_counter()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# read when torch loads: idle OpenMP threads that spin slow a busy CPU several times down
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# read when torch loads: OpenMP threads that spin for long slow a busy CPU many times down
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import random
@@ -24,6 +24,7 @@ from data import (
     TrainSet,
     caption_loader,
     image_loader,
+    load_region_split,
     load_split,
     train_loader,
 )
@@ -39,7 +40,7 @@ from lib.optim import Schedule, build_optimizer, cosine_decay, step_decay, with_
 from lib.pictures import KeptPatchStrip
 from lib.scenes import generate_scenes
 from lib.similarity import shard
-from lib.splits import hold_out
+from lib.splits import hold_out, region_dense_file, region_files
 from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
 
 LAST, BEST = "checkpoint_last.pth", "model_best.pth"
@@ -165,7 +166,7 @@ def _recompute_backbones(model: Method) -> None:
 
 def prepare_scenes(args: argparse.Namespace) -> None:
     """Draw the embedded data set, where it is asked for and not there yet."""
-    if args.dataset != "scenes":
+    if args.dataset != "scenes" or args.precomp:
         return
     if distributed.is_main():
         try:
@@ -185,16 +186,11 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
     Where dev lacks what the method needs, training images are held out in its place, and the log
     says so. Raises InputError for anything wrong with the files.
     """
-    reads_pixels = get_method(args.method).uses_pixels
-    options = {
-        "image_path": image_path(args),
-        "needs_dense": get_method(args.method).wants_dense(args) is not None,
-        "check_images": reads_pixels,
-    }
-    training = load_split(args.data_path, args.dataset, "train", **options)
-    missing = _missing_for_validation(args, options["needs_dense"])
+    needs_dense = get_method(args.method).wants_dense(args) is not None
+    training = read_split(args, "train", needs_dense)
+    missing = _missing_for_validation(args, needs_dense)
     if missing is None:
-        return training, load_split(args.data_path, args.dataset, args.val_split, **options)
+        return training, read_split(args, args.val_split, needs_dense)
     count = min(HELD_OUT_IMAGES, max(1, len(training.image_ids) // 20))
     log.say(
         f"dev has no {missing}: {count} training images are held out to choose the checkpoint; "
@@ -204,14 +200,37 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
     return hold_out(training, count)
 
 
+def read_split(args: argparse.Namespace, name: str, needs_dense: bool) -> Split:
+    """Return split `name` of `args.dataset`: image files, or with --precomp region features.
+
+    Raises InputError for anything wrong with the files.
+    """
+    if args.precomp:
+        return load_region_split(
+            args.data_path, args.dataset, name, args.region_dim, needs_dense=needs_dense
+        )
+    return load_split(
+        args.data_path,
+        args.dataset,
+        name,
+        image_path=image_path(args),
+        needs_dense=needs_dense,
+        check_images=get_method(args.method).uses_pixels,
+    )
+
+
 def _missing_for_validation(args: argparse.Namespace, needs_dense: bool) -> str | None:
     """Return the file without which dev can't be used, None where all are there."""
     if args.val_split == "test":
         return None
     folder = Path(args.data_path) / args.dataset
     needed = [folder / "dev_caps.txt", folder / "dev_ids.txt"]
+    dense = folder / f"{args.dataset}_dev.jsonl"
+    if args.precomp:
+        needed = list(region_files(args.data_path, args.dataset, "dev"))
+        dense = region_dense_file(args.data_path, args.dataset, "dev")
     if needs_dense:
-        needed.append(folder / f"{args.dataset}_dev.jsonl")
+        needed.append(dense)
     return next((str(path) for path in needed if not path.exists()), None)
 
 
@@ -279,6 +298,7 @@ def build_trainer(
     if args.compile:
         _compile_backbones(model)
     loaders = validation_loaders(args, validation, tokenizer, model.dense_owner, pin)
+    pictured = model.uses_pixels and not args.precomp  # regions are no picture
 
     def save(name: str, trainer: Trainer) -> None:
         if distributed.is_main():
@@ -295,7 +315,7 @@ def build_trainer(
         device=device,
         log=log,
         save=save,
-        picture=_strip(validation, loaders, device) if model.uses_pixels else None,
+        picture=_strip(validation, loaders, device) if pictured else None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads, as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch loads, as in train.py
 
 import json
 from pathlib import Path

@@ -14,7 +14,6 @@ from lib.batch import Tokens
 from lib.encoders import ImageEncoder
 from lib.errors import InputError
 from lib.methods.avse import (
-    TextHead,
     block_similarity,
     cross_correlation_loss,
     drop_tokens,
@@ -24,6 +23,7 @@ from lib.methods.avse import (
     view_tokens,
 )
 from lib.methods.registry import get_method
+from lib.pooling import TokenHead
 from tests.helpers import encode, pair_inputs, tiny_args, tiny_model
 
 GOLDEN = Path(__file__).parent / "golden" / "avse_modules.npz"
@@ -123,9 +123,9 @@ def test_drop_tokens_keeps_a_token_and_adds_none():
     assert float(lost.float().mean()) == pytest.approx(0.8 * 0.2 * 0.6, abs=0.005)
 
 
-def test_text_head_leaves_padding_out_of_the_statistics():
+def test_token_head_leaves_padding_out_of_the_statistics():
     torch.manual_seed(0)
-    head, words = TextHead(6, 8), torch.randn(3, 5, 6)
+    head, words = TokenHead(6, 8), torch.randn(3, 5, 6)
     mask = torch.arange(5) < torch.tensor([[5], [3], [2]])
     found = head(words.masked_fill(~mask[..., None], 1e3), mask)
     real = words[mask]

@@ -43,9 +43,7 @@ def train_share(rank: int, port: int, methods: list[tuple[str, dict]], results) 
         for hard in (False, True):
             model = tiny_model(method, **flags).train()
             model.set_hard_negatives(hard)
-            network = DistributedDataParallel(
-                model, find_unused_parameters=model.may_leave_unused
-            )
+            network = DistributedDataParallel(model, find_unused_parameters=model.may_leave_unused)
             inputs = pair_inputs(method=method, **flags)
             inputs["lengths"][4:] = torch.clamp(inputs["lengths"][4:], max=5)
             mine = shorten({name: value[SHARES[rank]] for name, value in inputs.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,15 +23,14 @@ from lib.metrics import recall_metrics
 from tests.helpers import encode, pair_inputs, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-    *"--dataset scenes --scenes_size 32,16,16 --img_res 64 --embed_size 32".split(),
-    *"--tiny_width 32 --tiny_layers 1 --batch_size 16 --workers 0 --log_step 1".split(),
-    *"--num_epochs 2".split(),
-]
+SMALL = (
+    "--dataset scenes --scenes_size 32,16,16 --img_res 64 --embed_size 32 --tiny_width 32 "
+    "--tiny_layers 1 --batch_size 16 --workers 0 --log_step 1 --num_epochs 2"
+)
 
 
 def flags(data: Path, folder: Path, *more: str) -> list[str]:
-    return [*SMALL, "--data_path", str(data), "--logger_name", str(folder), *more]
+    return [*SMALL.split(), "--data_path", str(data), "--logger_name", str(folder), *more]
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -203,6 +203,30 @@ def test_two_processes_train_like_one(scenes_path, tmp_path):
     assert done.stdout.count("epoch") >= 1
     events = [p for p in (tmp_path / "two").iterdir() if p.name.startswith("events")]
     assert len(events) == 1  # rank 0 alone writes
+
+
+def test_processes_can_be_numbered_by_hand(scenes_path, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    argv = flags(scenes_path, tmp_path / "run", "--batch_size", "8", "--num_epochs", "1")
+    argv += ["--multi_gpu", "1", "--world_size", "2", "--dist_url", url]
+    both = [
+        start([*argv, "--rank", str(rank), "--local_rank", str(rank)], OMP_NUM_THREADS="1")
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "2 processes" in outputs[0]
+    assert len(scalars(tmp_path / "run")["train/loss"]) == 10
+
+
+def test_torchruns_restart_goes_on_by_itself(scenes_path, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert train.main(flags(scenes_path, folder, "--num_epochs", "1")) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main(flags(scenes_path, folder, "--num_epochs", "1")) == 0
+    assert "going on at step 10, epoch 1" in (folder / "train.log").read_text()
 
 
 def test_a_non_finite_loss_stops_with_its_place(scenes_path, tmp_path, monkeypatch, capsys):

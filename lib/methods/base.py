@@ -121,6 +121,7 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     uses_pixels: ClassVar[bool] = True
+    dense_gradient: bool = True  # False where the dense text only chooses: its graph is spared
     accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
 
     def __init__(
@@ -209,7 +210,8 @@ class Method(nn.Module):
             raise ValueError(
                 f"{self.name} reads a dense text of each {owner}: pass dense_ids and dense_lengths"
             )
-        return self.text_encoder(ids, lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.dense_gradient):
+            return self.text_encoder(ids, lengths)
 
     # --- similarity ----------------------------------------------------------------------------
 

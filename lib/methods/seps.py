@@ -81,6 +81,7 @@ class SEPS(Method):
         self.sparse_head = AggregationHead(embed_size, tokens)
         self.guide = None if dense_side == "none" else dense_side  # whose dense text guides
         self.dense_head = None if self.guide is None else AggregationHead(embed_size, tokens)
+        self.dense_gradient = dense_match != "none"
         self.dense_match = None
         if dense_match != "none":
             self.dense_match = DenseMatch(dense_match, initial_weight=DENSE_WEIGHT)
