@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -17,7 +17,9 @@ from torchvision.transforms.v2 import functional as F
 
 from lib.batch import Batch
 from lib.errors import InputError
-from lib.splits import Split as Split  # both offered here to the programs
+from lib.splits import Regions, map_array
+from lib.splits import Split as Split  # offered here to the programs, as are the readers
+from lib.splits import load_region_split as load_region_split
 from lib.splits import load_split as load_split
 from vocab import WordTokenizer
 
@@ -30,19 +32,17 @@ ORDER_STREAM, SAMPLE_STREAM = 0, 1  # keep the draws of the permutation and of t
 
 
 class ImageFolderSource:
-    """Image files read as (3, img_res, img_res) uint8 RGB; row r is `files[r]`.
-
-    Another source of images (precomputed regions) offers the same `read` and `path`.
-    """
+    """Image files read as (3, img_res, img_res) uint8 RGB; row r is `files[r]`."""
 
     def __init__(self, files: Sequence[str], img_res: int, augment: bool) -> None:
         self.files = files
         self.img_res = img_res
         self.augment = augment
 
-    def path(self, row: int) -> str:
-        """Return the file of image `row`, for messages."""
-        return self.files[row]
+    def sample(self, row: int, rng: np.random.Generator | None = None) -> Sample:
+        """Return the sample of image `row`, as `read` does; a bad one names its file."""
+        pixels = self.read(row, rng)
+        return Sample(row, pixels, bad_path=self.files[row] if pixels is None else None)
 
     def read(self, row: int, rng: np.random.Generator | None = None) -> Tensor | None:
         """Return image `row`, or None where it can't be decoded; `rng` draws the augmentation.
@@ -63,9 +63,45 @@ class ImageFolderSource:
         return pixels.flip(0)  # BGR -> RGB, after resizing, where there is less to move
 
 
-def image_source(split: Split, img_res: int | None, augment: bool) -> ImageFolderSource | None:
+class RegionSource:
+    """Precomputed regions read as (R, F) float32 and their number; never augmented."""
+
+    def __init__(self, regions: Regions) -> None:
+        self.regions = regions
+        self._features: np.memmap | None = None
+
+    @property
+    def features(self) -> np.memmap:
+        """Return the whole file, memory-mapped at the first use: each worker maps it itself."""
+        if self._features is None:
+            self._features = map_array(self.regions.file)
+        return self._features
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_features": None}  # a map would be pickled with all its numbers
+
+    def sample(self, row: int, rng: np.random.Generator | None = None) -> Sample:
+        """Return the sample of image `row`; `rng` goes unread."""
+        pixels, length = self.read(row)
+        return Sample(row, pixels, pixel_length=length)
+
+    def read(self, row: int) -> tuple[Tensor, int]:
+        """Return the regions of image `row`, (R, F), and how many are valid; the rest are 0."""
+        length = int(self.regions.lengths[row])
+        pixels = np.array(self.features[self.regions.rows[row]], dtype=np.float32)  # (R, F)
+        pixels[length:] = 0  # whatever is there, NaN too, would reach the gradient
+        return torch.from_numpy(pixels), length
+
+
+def image_source(
+    split: Split, img_res: int | None, augment: bool
+) -> ImageFolderSource | RegionSource | None:
     """Return what reads the split's images; `img_res` None is for a method without pixels."""
-    return None if img_res is None else ImageFolderSource(split.image_files, img_res, augment)
+    if img_res is None:
+        return None
+    if split.regions is not None:
+        return RegionSource(split.regions)
+    return ImageFolderSource(split.image_files, img_res, augment)
 
 
 def random_crop_and_flip(pixels: Tensor, img_res: int, rng: np.random.Generator) -> Tensor:
@@ -106,6 +142,7 @@ class Sample:
 
     row: int
     pixels: Tensor | None = None
+    pixel_length: int | None = None  # valid regions; None for pixels
     ids: list[int] | None = None
     caption: int | None = None
     dense_ids: list[int] | None = None
@@ -146,12 +183,12 @@ class TrainSet(Dataset):
         epoch, index = key
         row = int(self.split.caption_image[index])
         rng = _generator(SAMPLE_STREAM, self.seed, epoch, index)
-        pixels = self.source.read(row, rng) if self.source else None
-        if pixels is None and self.source:
-            return Sample(row, bad_path=self.source.path(row))
+        sample = self.source.sample(row, rng) if self.source else Sample(row)
+        if sample.bad_path is not None:
+            return sample
         ids = self._word_ids(self.split.captions[index], rng)
         dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
-        return Sample(row, pixels, ids, index, dense_ids)
+        return replace(sample, ids=ids, caption=index, dense_ids=dense_ids)
 
     def _word_ids(self, caption: str, rng: np.random.Generator) -> list[int]:
         if not self.augment_words:
@@ -178,11 +215,11 @@ class EvalImages(Dataset):
         return len(self.split.image_ids)
 
     def __getitem__(self, row: int) -> Sample:
-        pixels = self.source.read(row) if self.source else None
-        if pixels is None and self.source:
-            return Sample(row, bad_path=self.source.path(row))
+        sample = self.source.sample(row) if self.source else Sample(row)
+        if sample.bad_path is not None:
+            return sample
         dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
-        return Sample(row, pixels, dense_ids=dense_ids)
+        return replace(sample, dense_ids=dense_ids)
 
 
 class EvalCaptions(Dataset):
@@ -279,8 +316,10 @@ class Collate:
             return None, bad_paths
         ids, lengths = self._pad([one.ids for one in good])
         dense_ids, dense_lengths = self._pad([one.dense_ids for one in good])
+        regions = good[0].pixel_length is not None
         batch = Batch(
             pixels=None if good[0].pixels is None else torch.stack([one.pixels for one in good]),
+            pixel_lengths=torch.tensor([one.pixel_length for one in good]) if regions else None,
             ids=ids,
             lengths=lengths,
             image_ids=torch.tensor([one.row for one in good]),

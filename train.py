@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what was saved before is whole", file=sys.stderr)
+        return 130
     finally:
         distributed.stop()
     return 0 if finished else 130
@@ -149,7 +152,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def set_seed(seed: int) -> None:
-    """Seed every generator, a different stream a rank for what happens after the model is built."""
+    """Seed every generator, alike on every rank."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

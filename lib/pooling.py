@@ -1,4 +1,4 @@
-"""Token features -> one embedding: max-k and generalised pooling; BatchNorm over all ranks."""
+"""Token features -> one embedding: pooling operators; BatchNorm over all ranks, and its head."""
 
 from __future__ import annotations
 
@@ -105,3 +105,30 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+
+
+class TokenHead(nn.Module):
+    """Linear + MLP with BatchNorm of each real token: (B, N, width), mask (B, N) -> (B, N, C).
+
+    Padding becomes 0. HREM's regions and AVSE's words go through it, SPEC 10. NOTE: AVSE's official
+    BatchNorm counts padding too; here it is left out, so that a row's length says nothing about its
+    batch-mates.
+    """
+
+    def __init__(self, width: int, embed_size: int) -> None:
+        super().__init__()
+        inner = embed_size // 2
+        self.linear = nn.Linear(width, embed_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner, bias=False),  # BatchNorm would cancel the bias
+            GlobalBatchNorm1d(inner),
+            nn.ReLU(),
+            nn.Linear(inner, embed_size),
+        )
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        real = tokens[mask]  # (tokens of all rows, width)
+        rows = self.linear(real) + self.mlp(real)
+        features = rows.new_zeros(*mask.shape, rows.shape[-1])
+        features[mask] = rows
+        return features

@@ -1,11 +1,11 @@
-"""Caption files of a data set -> `Split`: layouts, both forms of id lists, dense text by image."""
+"""Files of a data set -> `Split`: images or regions, both forms of id lists, dense texts."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +26,27 @@ CAPTION_SOURCES = {
     "coco": "copy the data/coco folder of https://github.com/CrossmodalGroup/LAPS there",
     "scenes": "make demo writes it",
 }
+DENSE_WAY_OUT = (
+    "generate dense texts for this split, choose a split that has them (--val_split test), "
+    "or do without (--dense_side none)"
+)
+REGION_SOURCE = (
+    "SCAN's features of f30k and coco are at "
+    "https://www.kaggle.com/datasets/kuanghueilee/scan-features; --precomp 0 reads image files"
+)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Where the precomputed regions of a split's images lie; entry r belongs to image row r."""
+
+    file: Path  # .npy, (images, R, F)
+    rows: np.ndarray  # (N_images,) int64, the image's row in the file
+    lengths: np.ndarray  # (N_images,) int64, its valid regions, 1 to R; padding comes last
+
+    def taken(self, rows: np.ndarray) -> Regions:
+        """Return the regions of some images, in that order."""
+        return replace(self, rows=self.rows[rows], lengths=self.lengths[rows])
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class Split:
     image_files: list[str]  # one path an image; empty where the images are not needed
     caption_image: np.ndarray  # (N_captions,) int64, row of each caption's image
     dense: list[str] | None = None  # one dense text an image
+    regions: Regions | None = None  # in the place of image files
 
 
 def load_split(
@@ -61,7 +83,7 @@ def load_split(
     folder = Path(data_path) / dataset
     if not folder.is_dir():
         raise InputError(f"no folder {folder} (--data_path); {CAPTION_SOURCES[dataset]}")
-    stem = "testall" if (dataset, split) == ("coco", "test") else split
+    stem = _stem(dataset, split)
     captions_file, ids_file = folder / f"{stem}_caps.txt", folder / f"{stem}_ids.txt"
     captions = _read_lines(captions_file, "caption", CAPTION_SOURCES[dataset])
     lines = _read_lines(ids_file, "image id", CAPTION_SOURCES[dataset])
@@ -78,6 +100,111 @@ def load_split(
         dense = _read_dense(folder / f"{dataset}_{stem}.jsonl", image_ids, names)
     rows = np.array([row_of[image_id] for image_id in line_ids], dtype=np.int64)
     return Split(dataset, split, captions, image_ids, files, rows, dense)
+
+
+def load_region_split(
+    data_path: str | os.PathLike,
+    dataset: str,
+    split: str,
+    region_dim: int,
+    needs_dense: bool = False,
+) -> Split:
+    """Return split `split` with precomputed regions of `region_dim` channels for images.
+
+    `region_files` says which files are read; image r has the r-th of equally many captions, and
+    the first `{split}_lens.npy`[r] of its regions are valid where there is such a file, else all.
+    Of the features only the header is read. Raises InputError with the file where one is missing,
+    unreadable or of another shape, or where two disagree.
+    """
+    captions_file, features_file = region_files(data_path, dataset, split)
+    captions = _read_lines(captions_file, "caption", REGION_SOURCE)
+    images, width, channels = _regions_shape(features_file)
+    if channels != region_dim:
+        raise InputError(
+            f"{features_file} holds regions of {channels} channels, the model reads {region_dim}; "
+            f"train with --region_dim {channels}"
+        )
+    if not images or len(captions) % images:
+        raise InputError(
+            f"{captions_file} has {len(captions)} captions but {features_file} has {images} "
+            "images; each image must have equally many captions"
+        )
+    lengths_file = features_file.with_name(f"{_stem(dataset, split)}_lens.npy")
+    rows = np.arange(images)
+    return Split(
+        dataset=dataset,
+        name=split,
+        captions=captions,
+        image_ids=[str(row) for row in rows],
+        image_files=[],
+        caption_image=rows.repeat(len(captions) // images),
+        dense=_region_dense(data_path, dataset, split, images) if needs_dense else None,
+        regions=Regions(features_file, rows, _region_lengths(lengths_file, images, width)),
+    )
+
+
+def region_files(data_path: str | os.PathLike, dataset: str, split: str) -> tuple[Path, Path]:
+    """Return the captions and the features of a split, {dataset}_precomp/{split}_ims.npy."""
+    folder, stem = Path(data_path) / f"{dataset}_precomp", _stem(dataset, split)
+    return folder / f"{stem}_caps.txt", folder / f"{stem}_ims.npy"
+
+
+def region_dense_file(data_path: str | os.PathLike, dataset: str, split: str) -> Path:
+    """Return the dense texts of a split with regions: beside them, or else in `dataset`'s folder.
+
+    Either may be missing.
+    """
+    name = f"{dataset}_{_stem(dataset, split)}.jsonl"
+    beside = Path(data_path) / f"{dataset}_precomp" / name
+    return beside if beside.exists() else Path(data_path) / dataset / name
+
+
+def map_array(path: Path) -> np.memmap:
+    """Return a .npy file as a memory-mapped array. Raises InputError where it is none."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"no file {path}; {REGION_SOURCE}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no whole .npy file of numbers ({error})") from None
+
+
+def _stem(dataset: str, split: str) -> str:
+    """Return what the names of a split's files begin with."""
+    return "testall" if (dataset, split) == ("coco", "test") else split
+
+
+def _regions_shape(path: Path) -> tuple[int, int, int]:
+    features = map_array(path)
+    if features.ndim != 3 or 0 in features.shape[1:] or features.dtype.kind != "f":
+        raise InputError(
+            f"{path} holds {features.dtype} of shape {features.shape}; region features are floats "
+            "of shape (images, regions, channels)"
+        )
+    return features.shape
+
+
+def _region_lengths(path: Path, images: int, width: int) -> np.ndarray:
+    """Return the lengths that the file holds; the full width where there is no such file."""
+    if not path.exists():
+        return np.full(images, width)
+    lengths = map_array(path)
+    if lengths.shape != (images,) or lengths.dtype.kind not in "iu":
+        raise InputError(
+            f"{path} holds {lengths.dtype} of shape {lengths.shape}; there must be an integer for "
+            f"each of the {images} images"
+        )
+    wrong = np.flatnonzero((lengths < 1) | (lengths > width))
+    if len(wrong):
+        raise InputError(
+            f"{path}: row {wrong[0]} is {lengths[wrong[0]]}; each image has 1 to {width} regions"
+        )
+    return np.array(lengths, dtype=np.int64)
+
+
+def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images: int) -> list[str]:
+    path = region_dense_file(data_path, dataset, split)
+    return _texts_in_order(_dense_records(path), path, images)
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
@@ -109,6 +236,7 @@ def _subset(split: Split, chosen: np.ndarray, name: str) -> Split:
         image_files=take(split.image_files),
         caption_image=new_row[split.caption_image[captions]],
         dense=None if split.dense is None else take(split.dense),
+        regions=None if split.regions is None else split.regions.taken(rows),
     )
 
 
@@ -200,34 +328,38 @@ def _check_images(root: Path, files: list[str], dataset: str) -> None:
 
 def _read_dense(path: Path, image_ids: list[str], names: list[str]) -> list[str]:
     """Return one dense text an image, matched by `image_id`, else `file_name`, else by order."""
-    way_out = (
-        "generate dense texts for this split, choose a split that has them (--val_split test), "
-        "or do without (--dense_side none)"
-    )
-    if not path.exists():
-        raise InputError(f"the method needs dense texts, but there is no {path}; {way_out}")
-    lines = _split_lines(_read_text(path, way_out))
-    records = [_parse_dense(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
+    records = _dense_records(path)
     if any("image_id" in record for record in records):
         texts = _texts_by_key(records, "image_id", path)
         found = [texts.get(one) for one in image_ids]
     elif any("file_name" in record for record in records):
         texts = _texts_by_key(records, "file_name", path)
         found = [texts.get(name, texts.get(os.path.basename(name))) for name in names]
-    elif len(records) == len(image_ids):
-        return [record["text"] for record in records]
     else:
-        raise InputError(
-            f"{path} has {len(records)} dense texts, but the ids file has {len(image_ids)} images; "
-            "lines without image_id or file_name must follow the images one by one"
-        )
+        return _texts_in_order(records, path, len(image_ids))
     without = [one for one, text in zip(image_ids, found, strict=False) if text is None]
     if without or len(found) < len(image_ids):
         raise InputError(
             f"{path}: no dense text for {len(without) or len(image_ids)} of {len(image_ids)} "
-            f"images (image ids {_first_three(without or image_ids)}); {way_out}"
+            f"images (image ids {_first_three(without or image_ids)}); {DENSE_WAY_OUT}"
         )
     return found
+
+
+def _dense_records(path: Path) -> list[dict]:
+    if not path.exists():
+        raise InputError(f"the method needs dense texts, but there is no {path}; {DENSE_WAY_OUT}")
+    lines = _split_lines(_read_text(path, DENSE_WAY_OUT))
+    return [_parse_dense(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
+
+
+def _texts_in_order(records: list[dict], path: Path, images: int) -> list[str]:
+    if len(records) != images:
+        raise InputError(
+            f"{path} has {len(records)} dense texts, but the split has {images} images; "
+            "texts matched by order must follow the images one by one"
+        )
+    return [record["text"] for record in records]
 
 
 def _parse_dense(line: str, where: str) -> dict:

@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
-from lib.pooling import GPO, GlobalBatchNorm1d
+from lib.pooling import GPO, TokenHead
 from lib.slimming import full_precision
 
 VIEWS = 2
@@ -122,32 +122,6 @@ def _embed(encoder: ImageEncoder, pixels: Tensor) -> Tensor:
 # --- the method --------------------------------------------------------------------------------
 
 
-class TextHead(nn.Module):
-    """Linear + MLP with BatchNorm of each word: (B, M, width), mask (B, M) -> (B, M, C).
-
-    Padding stays 0. NOTE: the official BatchNorm counts padding words too; here they are left out,
-    so that a caption's length says nothing about its batch-mates.
-    """
-
-    def __init__(self, width: int, embed_size: int) -> None:
-        super().__init__()
-        inner = embed_size // 2
-        self.linear = nn.Linear(width, embed_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, inner, bias=False),  # BatchNorm would cancel the bias
-            GlobalBatchNorm1d(inner),
-            nn.ReLU(),
-            nn.Linear(inner, embed_size),
-        )
-
-    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        real = words[mask]  # (Σ n_t, width)
-        rows = self.linear(real) + self.mlp(real)
-        features = rows.new_zeros(*mask.shape, rows.shape[-1])
-        features[mask] = rows
-        return features
-
-
 @register_method("avse")
 class AVSE(Method):
     """Asymmetric visual-semantic embedding (AAAI 2025), SPEC 5 and 10.
@@ -185,7 +159,7 @@ class AVSE(Method):
         self.image_head = _uniform_linear(image_encoder.width, embed_size)
         self.image_pool = GPO()
         self.dropout = nn.Dropout(dropout)
-        self.text_head = TextHead(text_encoder.width, embed_size)
+        self.text_head = TokenHead(text_encoder.width, embed_size)
         self.text_pool = GPO()
         self.text_norm = nn.LayerNorm(embed_size)
         # the heads above take the place of these, which would be left without gradient

@@ -16,37 +16,12 @@ from lib.graph import InstanceGraph, cross_matches, transformer_layer
 from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
-from lib.pooling import GlobalBatchNorm1d, max_k_pool
+from lib.pooling import TokenHead, max_k_pool
 from lib.slimming import full_precision, masked_mean
 
 POOLED_VALUES = 2  # k of max-k pooling
 RESIDUAL = 0.8  # share of the features themselves in an embedding; the rest is their relations'
 REGULARISER_WEIGHT = 10.0
-
-
-class RegionHead(nn.Module):
-    """Linear + MLP with BatchNorm of each region: (B, N, F), mask (B, N) -> (B, N, C).
-
-    Padding becomes 0 and takes no part in the statistics.
-    """
-
-    def __init__(self, width: int, embed_size: int) -> None:
-        super().__init__()
-        inner = embed_size // 2
-        self.linear = nn.Linear(width, embed_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, inner, bias=False),  # BatchNorm would cancel the bias
-            GlobalBatchNorm1d(inner),
-            nn.ReLU(),
-            nn.Linear(inner, embed_size),
-        )
-
-    def forward(self, regions: Tensor, mask: Tensor) -> Tensor:
-        real = regions[mask]  # (Σ n_v, F)
-        rows = self.linear(real) + self.mlp(real)
-        features = rows.new_zeros(*mask.shape, rows.shape[-1])
-        features[mask] = rows
-        return features
 
 
 class FragmentPool(nn.Module):
@@ -108,7 +83,7 @@ class HREM(Method):
     ) -> None:
         super().__init__(image_encoder, text_encoder, criterion, shard_size)
         self.warmup = warmup
-        self.image_head = RegionHead(image_encoder.width, embed_size)
+        self.image_head = TokenHead(image_encoder.width, embed_size)
         image_encoder.proj = nn.Identity()  # the head takes its place
         self.image_pool = FragmentPool(embed_size, heads)
         self.text_pool = FragmentPool(embed_size, heads)
