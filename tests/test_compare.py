@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ from lib.comparison import (
     report_page,
     summarize,
 )
+from lib.errors import InputError
+from lib.evaluation import write_results
+from lib.methods.registry import get_method, method_names
 from tools import compare
 
 
@@ -125,7 +129,7 @@ def test_the_chart_is_a_picture(tmp_path):
 def test_a_chart_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     groups = by_protocol(summarize([finished("a", 0, 1.0)]))
-    with pytest.raises(compare.InputError, match="requirements-dev"):
+    with pytest.raises(InputError, match="requirements-dev"):
         draw_chart(groups, tmp_path / "rsum.png", "title")
 
 
@@ -190,14 +194,11 @@ class FakeRunner:
     def evaluate(self, argv: list[str], folder: Path, row: str) -> None:
         assert argv[argv.index("--checkpoint") + 1] == str(folder / "model_best.pth")
         split = argv[argv.index("--split") + 1]
-        path = folder / "results.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        settings = json.loads((folder / "args.json").read_text())
-        owner = compare.parse_train(["--method", settings["method"]])
-        owner.dense_side = settings["dense_side"]
-        protocol = "image" if owner.dense_side == "image" else "oracle"
-        known["scenes" if split == "test" else "scenes_dev"] = table(100.0 + len(row), protocol)
-        path.write_text(json.dumps(known))
+        settings = argparse.Namespace(**json.loads((folder / "args.json").read_text()))
+        owner = get_method(settings.method).wants_dense(settings)
+        protocol = {"image": "image", "caption": "oracle", None: "none"}[owner]
+        name = "scenes" if split == "test" else "scenes_dev"
+        write_results(folder / "results.json", {name: table(100.0 + len(row), protocol)})
 
     @property
     def told(self) -> list[str]:
@@ -253,8 +254,8 @@ def test_runs_train_then_evaluate_then_are_skipped(call, runner, tmp_path):
 
 
 def test_every_run_gets_the_same_flags_and_its_own(call, runner):
-    extra = '--train="--batch_size 32"'.replace('"', "")
-    assert call("--rows", "seps_no_dense", "--seeds", "5", "--epochs", "3", extra) == 0
+    extra = ["--epochs", "3", "--train=--batch_size 32"]
+    assert call("--rows", "seps_no_dense", "--seeds", "5", *extra) == 0
     words = runner.commands[0]
     settings = parse_train(words[1:])
     assert (settings.seed, settings.num_epochs, settings.batch_size) == (5, 3, 32)
@@ -264,7 +265,7 @@ def test_every_run_gets_the_same_flags_and_its_own(call, runner):
 def test_every_registered_method_and_variant_is_a_row():
     args = compare.parser().parse_args([])
     names = [row.name for row in compare.rows_of(args)]
-    assert set(compare.method_names()) <= set(names)
+    assert set(method_names()) <= set(names)
     assert {"seps_no_dense", "seps_match", "seps_oracle"} <= set(names)
     assert len(names) == len(set(names))
     for row in [*compare.rows_of(args), *compare.ABLATIONS]:
@@ -375,6 +376,24 @@ def test_a_command_runs_into_its_log(tmp_path):
         )
     assert code == 7
     assert last_line(log) == "said"
+
+
+def test_an_interrupt_lets_the_child_save_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "TICK_SECONDS", 0.05)
+    log = tmp_path / "output.log"
+    child = (
+        "import signal, sys, time\n"
+        "def save(*_): print('saved'); sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
+    )
+
+    def tick() -> None:
+        if last_line(log) == "ready":
+            raise KeyboardInterrupt
+
+    with compare._lock(tmp_path) as lock, pytest.raises(KeyboardInterrupt):
+        compare._executor(lock)([sys.executable, "-c", child], log, tick)
+    assert last_line(log) == "saved"
 
 
 @pytest.mark.slow
