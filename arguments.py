@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lib.errors import InputError
 from lib.methods import registry
@@ -199,8 +199,7 @@ def parse_train(
     if saved_arguments is None:
         parser.set_defaults(**DATASET_DEFAULTS[first.dataset])
     else:
-        with open(saved_arguments, encoding="utf-8") as file:
-            saved = json.load(file)
+        saved = _saved_flags(saved_arguments)
         parser.set_defaults(**{k: v for k, v in saved.items() if k != "resume"})
     args = parser.parse_args(argv)
     vars(args).update(fixed)
@@ -208,6 +207,14 @@ def parse_train(
     fill_paths(args)
     check_train(args)
     return args
+
+
+def _saved_flags(path: str | os.PathLike) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: the run's arguments can't be read ({error})") from None
 
 
 def parse_eval(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -232,31 +239,30 @@ def image_path(args: argparse.Namespace) -> str:
     return getattr(args, f"{args.dataset}_img_path")
 
 
-POSITIVE = (
-    "batch_size",
-    "num_epochs",
-    "grad_accum",
-    "log_step",
-    "val_step",
-    "save_step",
-    "embed_size",
-    "img_res",
-    "shard_size",
-    "tiny_width",
-    "tiny_layers",
-    "tiny_patch_size",
-)
+AT_LEAST_ONE = """batch_size num_epochs grad_accum log_step val_step save_step embed_size img_res
+shard_size tiny_width tiny_layers tiny_patch_size relevance_topk region_dim""".split()
+AT_LEAST_ZERO = """workers gpu_id max_dense_word skip_nonfinite max_bad_images weight_decay margin
+lr_warmup_steps backbone_lr_ratio ratio_weight grad_clip""".split()
+ABOVE_ZERO = ("learning_rate", "gumbel_tau", "decay_rate")
 
 
 def check_train(args: argparse.Namespace) -> None:
     """Raise InputError for flag values that can't work, before anything is loaded."""
-    for flag in POSITIVE:
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: give a whole number of at least 1")
-    if args.max_word < 3:
-        raise InputError(f"--max_word {args.max_word}: [CLS], a word and [SEP] need at least 3")
-    if args.learning_rate <= 0:
-        raise InputError(f"--learning_rate {args.learning_rate}: give a number above 0")
+    _check_range(args, AT_LEAST_ONE, lambda value: value >= 1, "of at least 1")
+    _check_range(args, AT_LEAST_ZERO, lambda value: value >= 0, "of at least 0")
+    _check_range(args, ABOVE_ZERO, lambda value: value > 0, "above 0")
+    _check_range(args, ["beta2"], lambda value: 0 <= value < 1, "in [0, 1)")
+    _check_range(args, ["max_word"], lambda value: value >= 3, "of at least 3: [CLS], word, [SEP]")
     if len(args.scenes_size) != 3:
         raise InputError("--scenes_size: give three numbers, train,dev,test")
     registry.check_arguments(args)
+
+
+def _check_range(
+    args: argparse.Namespace, flags: Sequence[str], fits: Callable[[float], bool], told: str
+) -> None:
+    for flag in flags:
+        value = getattr(args, flag)
+        if not fits(value):
+            name = "gpu-id" if flag == "gpu_id" else flag
+            raise InputError(f"--{name} {value}: give a number {told}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,10 +50,7 @@ class ImageFolderSource:
 
         Everything stays uint8: the model scales and normalises on the device.
         """
-        try:
-            decoded = cv2.imread(self.files[row], cv2.IMREAD_COLOR)  # (H, W, 3) BGR
-        except cv2.error:
-            return None
+        decoded = _decode(self.files[row])  # (H, W, 3) BGR
         if decoded is None:
             return None
         pixels = torch.from_numpy(decoded).permute(2, 0, 1)  # (3, H, W)
@@ -61,6 +59,19 @@ class ImageFolderSource:
         else:
             pixels = _resize(pixels, self.img_res)
         return pixels.flip(0)  # BGR -> RGB, after resizing, where there is less to move
+
+
+def _decode(path: str) -> np.ndarray | None:
+    """Return the image as OpenCV decodes it, or None where it can't or the JPEG file is cut off."""
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+        raw = data.tobytes()
+        # OpenCV greys out what a cut-off JPEG lacks; a whole one ends its last scan with FF D9
+        if raw.startswith(b"\xff\xd8") and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):
+            return None
+        return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):
+        return None
 
 
 class RegionSource:
@@ -451,6 +462,8 @@ def _leave_process_group(_: int) -> None:
     """Keep Ctrl-C and a SIGTERM for the whole group from the workers: the training loop decides.
 
     A worker must go on obeying a SIGTERM of its own: that is how the interpreter ends workers when
-    it exits, and it would wait for ever for one that ignored it.
+    it exits, and it would wait for ever for one that ignored it. It ends without an error then, so
+    that a signal to every process (a scheduler's) does not interrupt the step under way.
     """
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))

@@ -21,7 +21,7 @@ from arguments import parse_eval
 from data import Split
 from lib import distributed
 from lib.checkpoint import load_model
-from lib.errors import InputError
+from lib.errors import InputError, NonFiniteError
 from lib.evaluation import file_digest, split_results, split_similarity, write_results
 from lib.methods.base import Method
 from lib.metrics import format_table
@@ -35,17 +35,19 @@ COCO_FOLDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate as the flags say; return the exit code: 0, or 2 for bad input."""
+    """Evaluate as the flags say; return the exit code: 0, 2 (bad input) or 3 (not finite)."""
     try:
         args = parse_eval(argv)
         device = start_processes(args)
         for checkpoint in find_checkpoints(args):
             evaluate_checkpoint(checkpoint, args, device)
+        distributed.stop()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        distributed.stop()
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     return 0
 
 

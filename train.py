@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from arguments import image_path, parse_train
 from data import (
@@ -30,8 +31,8 @@ from data import (
 )
 from lib import distributed
 from lib.checkpoint import load_training_state, load_weights, model_payload, save_payload
-from lib.engine import NonFiniteError, Settings, Trainer
-from lib.errors import InputError
+from lib.engine import Settings, Trainer
+from lib.errors import InputError, NonFiniteError
 from lib.evaluation import SplitLoaders
 from lib.logs import RunLog
 from lib.methods.base import Method
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_train(argv)
         args = _arguments_of_resumed(args, argv)
         finished = run(args)
+        distributed.stop()  # after an error the other processes may still be waiting for this one
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what was saved before is whole", file=sys.stderr)
         return 130
-    finally:
-        distributed.stop()
     return 0 if finished else 130
 
 
 def run(args: argparse.Namespace) -> bool:
     """Train from parsed arguments; return False where a signal stopped it early."""
     device = start_processes(args)
+    if args.overwrite and args.resume is None:
+        clear_run(Path(args.logger_name))
     log = RunLog(args.logger_name, active=distributed.is_main())
     try:
         return _run(args, device, log)
@@ -101,12 +103,15 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     if state is not None:
         load_weights(Path(args.resume) / LAST, model, state["model"])
     trainer = build_trainer(args, model, tokenizer, training, validation, device, log)
-    if distributed.is_main():
-        tokenizer.save(args.logger_name)
-        log.arguments(args)
+    if distributed.world_size() > 1:
+        set_seed(args.seed + distributed.rank())  # dropout and Gumbel noise differ between ranks
     if state is not None:
         trainer.load_training_state(state["training"])
         log.say(f"going on at step {trainer.progress.step}, epoch {trainer.progress.epoch}")
+    log.open_curves(trainer.progress.step)
+    log.arguments(args)
+    if distributed.is_main():
+        tokenizer.save(args.logger_name)
     parameters = sum(p.numel() for p in model.parameters())
     log.say(f"{parameters:,} parameters, {trainer.batches_per_epoch} steps an epoch")
     finished = trainer.fit()
@@ -123,12 +128,11 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
 def start_processes(args: argparse.Namespace) -> torch.device:
     """Join the other processes where there are any; return this one's device."""
     cuda = torch.cuda.is_available()
+    if not args.multi_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torch.distributed.run started several processes: add --multi_gpu 1")
     if args.multi_gpu:
         backend = args.dist_backend if cuda else "gloo"
-        single = args.world_size == 1 and "RANK" not in os.environ
-        if single:
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if not single:
+        if args.world_size > 1 or "RANK" in os.environ:
             distributed.start(backend, args.dist_url, args.world_size, args.rank)
         args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if not cuda:
@@ -136,13 +140,22 @@ def start_processes(args: argparse.Namespace) -> torch.device:
             print("no CUDA device: running on the CPU")
         return torch.device("cpu")
     index = args.local_rank if args.multi_gpu else args.gpu_id
-    if index >= torch.cuda.device_count():
+    if not 0 <= index < torch.cuda.device_count():
         raise InputError(
             f"--gpu-id {index}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a former run left in a folder that is to be written over."""
+    if distributed.is_main():
+        for pattern in (LAST, BEST, "results.json", "args.json", "train.log", "events.out*"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    distributed.barrier()
 
 
 def _device_name(device: torch.device) -> str:
@@ -152,7 +165,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def set_seed(seed: int) -> None:
-    """Seed every generator, alike on every rank."""
+    """Seed every generator."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -164,6 +177,11 @@ def _recompute_backbones(model: Method) -> None:
             encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def _show(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
 # --- data --------------------------------------------------------------------------------------
 
 
@@ -173,11 +191,13 @@ def prepare_scenes(args: argparse.Namespace) -> None:
         return
     if distributed.is_main():
         try:
-            generate_scenes(
-                Path(args.data_path) / "scenes",
-                sizes=tuple(args.scenes_size),
-                image_size=max(64, min(224, args.img_res)),
-            )
+            with tqdm(desc="drawing scenes", leave=False, ncols=80) as bar:
+                generate_scenes(
+                    Path(args.data_path) / "scenes",
+                    sizes=tuple(args.scenes_size),
+                    image_size=max(64, min(224, args.img_res)),
+                    progress=lambda done, total: _show(bar, done, total),
+                )
         except ValueError as error:
             raise InputError(f"--scenes_size or --img_res: {error}") from None
     distributed.barrier()
@@ -192,14 +212,16 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
     needs_dense = get_method(args.method).wants_dense(args) is not None
     training = read_split(args, "train", needs_dense)
     missing = _missing_for_validation(args, needs_dense)
-    if missing is None:
-        return training, read_split(args, args.val_split, needs_dense)
+    if args.val_split != "held_out":  # a run that goes on stays with what it held out
+        if missing is None:
+            return training, read_split(args, args.val_split, needs_dense)
+        args.val_split = "held_out"
     count = min(HELD_OUT_IMAGES, max(1, len(training.image_ids) // 20))
     log.say(
-        f"dev has no {missing}: {count} training images are held out to choose the checkpoint; "
-        "put that file there for the real dev split, or take the official habit, --val_split test"
+        f"{count} training images are held out to choose the checkpoint, as dev has no "
+        f"{missing or 'part in this run'}; with that file there a new run takes the real dev split,"
+        " --val_split test is the official habit"
     )
-    args.val_split = "held_out"
     return hold_out(training, count)
 
 
@@ -294,7 +316,7 @@ def build_trainer(
     )
     ranks = {"rank": distributed.rank(), "world": distributed.world_size()}
     batches = train_loader(dataset, args.batch_size, args.workers, pin, **ranks)
-    steps_per_epoch = max(1, len(batches) // args.grad_accum)
+    steps_per_epoch = -(-len(batches) // args.grad_accum)  # the rest of an epoch is a step too
     optimizer = build_optimizer(
         model, args.learning_rate, args.backbone_lr_ratio, args.weight_decay, args.beta2
     )
@@ -304,8 +326,15 @@ def build_trainer(
     pictured = model.uses_pixels and not args.precomp  # regions are no picture
 
     def save(name: str, trainer: Trainer) -> None:
+        payload = _payload(args, tokenizer, trainer, name)  # collective: every rank's random state
+        error = None
         if distributed.is_main():
-            save_payload(Path(args.logger_name) / name, _payload(args, tokenizer, trainer, name))
+            try:
+                save_payload(Path(args.logger_name) / name, payload)
+            except OSError as caught:
+                error = caught
+        if not distributed.all_true(error is None, device):
+            raise error or OSError("the process of rank 0 could not write the checkpoint")
 
     return Trainer(
         model=model,
@@ -313,6 +342,8 @@ def build_trainer(
         schedule=build_schedule(args, steps_per_epoch),
         train_batches=batches.batches,
         batches_per_epoch=len(batches),
+        pairs_per_batch=args.batch_size * distributed.world_size(),
+        image_names=training.image_ids,
         validation=loaders,
         settings=Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__}),
         device=device,
@@ -390,7 +421,9 @@ def _arguments_of_resumed(
     saved = Path(args.resume) / "args.json"
     if not saved.exists():
         raise InputError(f"--resume {args.resume}: no args.json there, so no run to go on with")
-    return parse_train(argv, saved_arguments=saved, logger_name=args.resume)
+    return parse_train(
+        argv, saved_arguments=saved, logger_name=args.resume, resume=args.resume, overwrite=0
+    )
 
 
 def _saved_state(args: argparse.Namespace) -> dict | None:

@@ -65,24 +65,6 @@ class Tokens:
         """Return the rows that a slice, a list or an index tensor names."""
         return self._map(lambda tensor: tensor[index])
 
-    def to(self, *args, **kwargs) -> Tokens:
-        """Return the tokens moved or cast; the mask stays bool."""
-        device_only = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
-        device_args = [a for a in args if not isinstance(a, torch.dtype)]
-
-        def move(tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.bool:
-                return (
-                    tensor.to(*device_args, **device_only) if device_args or device_only else tensor
-                )
-            return tensor.to(*args, **kwargs)
-
-        return self._map(move)
-
-    def detach(self) -> Tokens:
-        """Return the tokens cut off from the graph."""
-        return self._map(lambda tensor: tensor.detach())
-
     @property
     def lengths(self) -> Tensor:
         """(B,) number of real tokens in each row."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig
 
 from lib.errors import InputError
 from lib.methods import registry
 from lib.methods.base import Method
-from lib.official import is_official, load_official
+from lib.official import canonical_name, is_official, load_official
 from lib.payloads import read_payload
 
 FORMAT = "seps-checkpoint"
@@ -30,21 +30,31 @@ def save_payload(path: str | Path, payload: dict[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.part")  # one name: a crash leaves at most one
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into RuntimeError
         raise OSError(
             f"{path}: the checkpoint could not be written ({_reason(error)}); "
             "the one before it is whole: free some space, then go on with --resume"
         ) from error
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut, where the system allows it."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _reason(error: BaseException) -> str:
@@ -63,6 +73,7 @@ def model_payload(
     return {
         "format": FORMAT,
         "version": VERSION,
+        "transformers": transformers.__version__,
         "method": model.name,
         "args": plain_arguments(args),
         "image_config": _config(model.image_encoder),
@@ -82,17 +93,6 @@ def _config(encoder: nn.Module | None) -> dict | None:
     backbone = getattr(encoder, "backbone", None)
     config = getattr(backbone, "config", None)
     return None if config is None else json.loads(config.to_json_string(use_diff=False))
-
-
-def save_model(
-    path: str | Path,
-    model: Method,
-    args: argparse.Namespace,
-    vocabulary: list[str] | None = None,
-    **facts: Any,
-) -> None:
-    """Write a model in our format. Raises OSError as `save_payload` does."""
-    save_payload(path, model_payload(model, args, vocabulary, **facts))
 
 
 def load_model(
@@ -158,8 +158,14 @@ def merged_arguments(payload: dict) -> argparse.Namespace:
 
 
 def load_weights(path: str | Path, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load a state dict in which every key and shape must agree. Raises InputError naming them."""
+    """Load a state dict in which every key and shape must agree. Raises InputError naming them.
+
+    Backbone keys may be those of another release of transformers.
+    """
     own = model.state_dict()
+    if state.keys() != own.keys():
+        names = {canonical_name(key): key for key in own}
+        state = {names.get(canonical_name(key), key): value for key, value in state.items()}
     missing = sorted(set(own) - set(state))
     extra = sorted(set(state) - set(own))
     shapes = sorted(k for k in set(own) & set(state) if own[k].shape != state[k].shape)

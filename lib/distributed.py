@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lib.batch import Tokens
+from lib.errors import InputError
 
 
 def world_size() -> int:
@@ -36,18 +38,25 @@ def is_main() -> bool:
 def start(backend: str, url: str = "env://", world: int = -1, this_rank: int = -1) -> None:
     """Join the process group: from torchrun's environment, or from explicit `world`/`this_rank`.
 
-    Raises whatever `init_process_group` raises where the rendezvous fails.
+    Raises InputError where the processes do not find each other.
     """
     if dist.is_initialized():
         return
     from_environment = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    dist.init_process_group(
-        backend=backend,
-        init_method="env://" if from_environment else url,
-        world_size=-1 if from_environment else world,
-        rank=-1 if from_environment else this_rank,
-        timeout=timedelta(minutes=30),
-    )
+    try:
+        dist.init_process_group(
+            backend=backend,
+            init_method="env://" if from_environment else url,
+            world_size=-1 if from_environment else world,
+            rank=-1 if from_environment else this_rank,
+            timeout=timedelta(minutes=30),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the processes could not meet ({str(error).splitlines()[0]:.160}); start them with "
+            "python -m torch.distributed.run, or give --dist_url tcp://HOST:PORT, --world_size "
+            "and --rank"
+        ) from None
 
 
 def stop() -> None:
@@ -101,13 +110,27 @@ def gather_tokens(tokens: Tokens) -> Tokens:
     )
 
 
+def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
+    """Return each count added up over the ranks."""
+    if world_size() == 1:
+        return counts
+    total = torch.tensor(counts, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
 def all_true(flag: bool, device: torch.device) -> bool:
     """Return True where `flag` is True on every rank."""
+    return sum_over_ranks([int(not flag)], device) == [0]
+
+
+def gather_values(value: Any) -> list[Any]:
+    """Return every rank's plain value, in rank order."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MIN)
-    return bool(value)
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 class _GatherRows(torch.autograd.Function):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -75,12 +76,12 @@ def tiny_text_config(vocab_size: int, width: int, layers: int, positions: int) -
     )
 
 
-def load_backbone(source: str | PretrainedConfig, flag: str, pretrained: bool = True) -> nn.Module:
+def load_backbone(source: str | PretrainedConfig, flag: str) -> nn.Module:
     """Return the backbone in float32 without its pooling layer.
 
-    `source` is a hub id, a local folder, or a config; a config, or `pretrained=False`, gives random
-    weights. Raises InputError where it can't be found, is of an unsupported kind, or where the
-    file's weights leave a part of the network uninitialised.
+    `source` is a hub id, a local folder, or a config, which gives random weights. Raises InputError
+    where it can't be found, is of an unsupported kind, or where the file's weights leave a part of
+    the network uninitialised.
     """
     config = source if isinstance(source, PretrainedConfig) else _load_config(source, flag)
     kind = BACKBONES.get(config.model_type)
@@ -89,13 +90,19 @@ def load_backbone(source: str | PretrainedConfig, flag: str, pretrained: bool = 
             f"{flag} {source}: model type {config.model_type!r} is not supported; "
             f"choose one of {', '.join(BACKBONES)}"
         )
-    if isinstance(source, PretrainedConfig) or not pretrained:
-        return kind(config, add_pooling_layer=False).float()
+    if isinstance(source, PretrainedConfig):
+        try:
+            return kind(config, add_pooling_layer=False).float()
+        except ValueError as error:
+            raise InputError(f"{flag}: no such network can be built ({_first(error)})") from None
     try:
         model, report = kind.from_pretrained(
-            source, add_pooling_layer=False, output_loading_info=True
+            source,
+            add_pooling_layer=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{flag} {source}: no weights could be loaded ({_first(error)})") from None
     missing = [key for key in report["missing_keys"] if "position_ids" not in key]
     mismatched = [str(key) for key in report.get("mismatched_keys", [])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,19 +16,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib.batch import Batch
-from lib.distributed import all_true, barrier, is_main, world_size
-from lib.errors import InputError
+from lib.distributed import (
+    all_true,
+    barrier,
+    gather_values,
+    is_main,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from lib.errors import InputError, NonFiniteError
 from lib.evaluation import SplitLoaders, evaluate_split
 from lib.logs import RunLog, flatten_metrics
 from lib.methods.base import Method
 from lib.optim import Schedule, set_learning_rate
 from lib.precision import autocast_for, scaler_for
 
+RESUMED_WITH_NEW_FLAGS = ("base_lr", "weight_decay", "betas")
 LOWEST_LOSS_SCALE = 2.0**-14  # fp16: below this, gradients overflow whatever the scale
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm that is not finite, with where it happened."""
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0  # batches of this epoch already used
+    pairs_per_batch: int = 0  # of all processes together
     step: int = 0  # optimizer steps
     best_rsum: float = -1.0
     last_rsum: float = -1.0
@@ -77,6 +83,8 @@ class Trainer:
         schedule: Schedule,
         train_batches: Callable[[int, int], Iterator[tuple[Batch | None, list[str]]]],
         batches_per_epoch: int,
+        pairs_per_batch: int,
+        image_names: Sequence[str],
         validation: SplitLoaders,
         settings: Settings,
         device: torch.device,
@@ -89,13 +97,14 @@ class Trainer:
         self.schedule = schedule
         self.train_batches = train_batches
         self.batches_per_epoch = batches_per_epoch
+        self.image_names = image_names
         self.validation = validation
         self.settings = settings
         self.device = device
         self.log = log
         self.save = save
         self.picture = picture
-        self.progress = Progress()
+        self.progress = Progress(pairs_per_batch=pairs_per_batch)
         self.autocast = autocast_for(settings.amp, device)
         self.scaler = scaler_for(settings.amp, device)
         self.network = self._distribute(model)
@@ -132,26 +141,37 @@ class Trainer:
         hard = self.settings.max_violation or epoch >= self.settings.vse_mean_warmup_epochs
         self.model.set_hard_negatives(hard)
         self.model.train()
-        clock = _Clock()
-        bad_before = len(self.progress.bad_images)
+        clock, bad_images = _Clock(), set()
         batches = self.train_batches(epoch, self.progress.batch)
         with self._bar(epoch) as bar:
             group: list[Batch] = []
-            for batch, bad_paths in clock.waiting(batches):
-                self._note_bad(bad_paths)
-                self.progress.batch += 1
-                if all_true(batch is not None, self.device):
+            waiting = 0  # batches read since the last step
+            for batch, bad_paths in clock.waiting(batches, lambda: self.stop_signal is not None):
+                waiting += 1
+                if self._usable(batch, bad_paths, bad_images):
                     group.append(batch)
-                last = self.progress.batch == self.batches_per_epoch
-                if group and (len(group) == self.settings.grad_accum or last):
-                    self._step(group, epoch, clock, bar)
-                    group = []
+                last = self.progress.batch + waiting == self.batches_per_epoch
+                if waiting == self.settings.grad_accum or last:
+                    self.progress.batch += waiting
+                    if group:
+                        self._step(group, epoch, clock, bar)
+                    group, waiting = [], 0
                     if self._should_stop():
                         return False
-        found = len(self.progress.bad_images) - bad_before
-        if found:
-            self.log.say(f"epoch {epoch}: {found} images could not be decoded and were left out")
-        return True
+        if bad_images:
+            self.log.say(
+                f"epoch {epoch}: {len(bad_images)} images could not be decoded and were left out"
+            )
+        return self.progress.batch == self.batches_per_epoch
+
+    def _usable(self, batch: Batch | None, bad_paths: list[str], bad_images: set[str]) -> bool:
+        """Return True where every rank has a batch; note what any of them could not decode."""
+        empty, bad = sum_over_ranks([int(batch is None), len(bad_paths)], self.device)
+        if bad:
+            paths = [path for paths in gather_values(bad_paths) for path in paths]
+            bad_images.update(paths)
+            self._note_bad(paths)
+        return not empty
 
     def _step(self, group: list[Batch], epoch: int, clock: _Clock, bar: tqdm) -> None:
         progress, settings = self.progress, self.settings
@@ -215,10 +235,11 @@ class Trainer:
 
     def _non_finite(self, parts: list[str], group: list[Batch]) -> None:
         self.progress.skipped += 1
-        ids = [int(one) for batch in group for one in batch.image_ids]
+        mine = [self.image_names[int(row)] for batch in group for row in batch.image_ids]
+        names = [name for names in gather_values(mine) for name in names]
         message = (
             f"step {self.progress.step}: not finite: {', '.join(parts)}; "
-            f"image ids of the batch: {', '.join(map(str, ids))}"
+            f"image ids of the batch: {', '.join(names)}"
         )
         if self.progress.skipped > self.settings.skip_nonfinite:
             raise NonFiniteError(message)
@@ -312,23 +333,47 @@ class Trainer:
                 signal.signal(number, handler)
 
     def training_state(self) -> dict[str, Any]:
-        """Return what resuming needs beside the model: plain values and tensors."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        """Return what resuming needs beside the model: plain values and tensors.
+
+        Every rank must call it, as each one's random state is in it.
+        """
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "progress": asdict(self.progress),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": gather_values({"cpu": torch.get_rng_state(), "cuda": cuda}),
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Go on from `training_state()`; the model's weights are loaded by the caller."""
+        """Go on from `training_state()`; the model's weights are loaded by the caller.
+
+        Rates, decay and betas stay those of this call's flags. Raises InputError where a batch now
+        has another number of pairs, as neither the place in the epoch nor the schedule would fit.
+        """
+        now, then = self.progress.pairs_per_batch, state["progress"]["pairs_per_batch"]
+        if now != then:
+            raise InputError(
+                f"the run to go on with used {then} pairs a step on all processes together, this "
+                f"call {now}: change --batch_size or the number of processes"
+            )
         self.progress = Progress(**state["progress"])
+        flags = [
+            {key: group[key] for key in RESUMED_WITH_NEW_FLAGS}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if state["rng"]["cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        for group, values in zip(self.optimizer.param_groups, flags, strict=True):
+            group.update(values)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) != world_size():
+            self.log.say("another number of processes than before: random numbers start anew")
+            return
+        mine = state["rng"][rank()]
+        torch.set_rng_state(mine["cpu"])
+        if mine["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"], self.device)
 
 
 class _Clock:
@@ -341,8 +386,12 @@ class _Clock:
         self.started = time.perf_counter()
         self.waited, self.pairs, self.steps = 0.0, 0, 0
 
-    def waiting(self, batches: Iterator) -> Iterator:
-        """Yield from `batches`, counting the time that each one takes to come."""
+    def waiting(self, batches: Iterator, stopped: Callable[[], bool]) -> Iterator:
+        """Yield from `batches`, counting the time that each one takes to come.
+
+        A signal that is sent to every process ends the loader's workers too: once `stopped()`,
+        their end is the end of the batches and no error.
+        """
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
@@ -350,6 +399,10 @@ class _Clock:
                 item = next(iterator)
             except StopIteration:
                 return
+            except RuntimeError:
+                if stopped():
+                    return
+                raise
             self.waited += time.perf_counter() - before
             yield item
 

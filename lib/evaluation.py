@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from tqdm import tqdm
 
 from lib.batch import Batch
 from lib.distributed import is_main
+from lib.errors import NonFiniteError
+from lib.logs import write_text_whole
 from lib.methods.base import Method
 from lib.metrics import fold_metrics, recall_intervals, recall_metrics
 from lib.similarity import (
@@ -69,7 +70,13 @@ def split_similarity(
 def split_results(
     matrix: np.ndarray, caption_images: np.ndarray, folds: int = 1, intervals: bool = True
 ) -> dict[str, Any]:
-    """Return recalls, rSum, ties and 95 % intervals of a similarity matrix; folds > 1 averages."""
+    """Return recalls, rSum, ties and 95 % intervals of a similarity matrix; folds > 1 averages.
+
+    Raises NonFiniteError where the matrix holds NaN or infinity.
+    """
+    if not np.isfinite(matrix).all():
+        count = int((~np.isfinite(matrix)).sum())
+        raise NonFiniteError(f"{count} of {matrix.size} similarities are not finite")
     if folds > 1:
         results = fold_metrics(matrix, folds, caption_images=caption_images)
     else:
@@ -114,6 +121,4 @@ def write_results(path: str | Path, results: dict[str, Any]) -> None:
         except ValueError:
             known = {}
     known.update(results)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text_whole(path, json.dumps(known, indent=2) + "\n")

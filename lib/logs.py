@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -26,10 +27,14 @@ class RunLog:
         self.folder = Path(folder) if folder is not None and active else None
         self.writer = None
         if self.folder is not None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, evaluation does not
-
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(str(self.folder))
+
+    def open_curves(self, step: int) -> None:
+        """Begin TensorBoard events behind `step`; what a killed run wrote later is taken back."""
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
     def say(self, text: str) -> None:
         """Print a line above any progress bar, and append it to train.log with the time."""
@@ -49,10 +54,13 @@ class RunLog:
         plain = plain_arguments(args)
         lines = [f"{key}: {value}" for key, value in sorted(plain.items())]
         (self.folder / "Parameters.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (self.folder / "args.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+        write_text_whole(
+            self.folder / "args.json", json.dumps(plain, indent=2, sort_keys=True) + "\n"
+        )
         table = "| flag | value |\n|---|---|\n"
         table += "\n".join(f"| {key} | {value} |" for key, value in sorted(plain.items()))
-        self.writer.add_text("arguments", table, 0)
+        if self.writer is not None:
+            self.writer.add_text("arguments", table, 0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write TensorBoard scalars at `step`."""
@@ -69,6 +77,13 @@ class RunLog:
         """Flush and close the event file."""
         if self.writer is not None:
             self.writer.close()
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text through a temporary file, so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def flatten_metrics(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -187,6 +187,14 @@ def _possible_names(key: str) -> set[str]:
     return names
 
 
+def canonical_name(key: str) -> str:
+    """Return one name for a key of ours whichever release of transformers gave it its own."""
+    if ".backbone." in key:
+        for pattern, replacement in RENAMES:
+            key = re.sub(pattern, replacement, key)
+    return key
+
+
 def _check_complete(state: dict[str, Tensor], own: dict[str, Tensor], left_over: list[str]) -> None:
     missing = [key for key in own if key not in state]
     shapes = [

@@ -79,7 +79,7 @@ def pick(rng: np.random.Generator, options: Sequence[Item]) -> Item:
 
 
 def write_captions(scene: Scene, change: Change, rng: np.random.Generator) -> list[str]:
-    """Return five captions of two things each; three of them are false of the sibling.
+    """Return five captions of three things each; three of them are false of the sibling.
 
     Together they mention every thing of the scene.
     """
@@ -111,16 +111,22 @@ def _telling_plans(change: Change, turn: Iterator[int]) -> list[tuple[str, int, 
 def _caption(
     scene: Scene, kind: str, first: int, second: int, change: Change, rng: np.random.Generator
 ) -> str:
-    one, two = scene.things[first], scene.things[second]
+    one, two, three = (scene.things[i] for i in (first, second, _third(scene, first, second, rng)))
     sized = change.kind == "size" and first in change.things
     name_one = _caption_name(one, sized or rng.random() < 0.5, rng)
     name_two = _caption_name(two, rng.random() < 0.5, rng)
+    name_three = _caption_name(three, False, rng)
     if kind == "relation":
-        return f"{name_one} {pick(rng, relations(one, two))} {name_two}"
+        return f"{name_one} {pick(rng, relations(one, two))} {name_two} and {name_three}"
     if kind == "background":
         word = pick(rng, BACKGROUNDS[scene.background][0])
-        return f"{name_one} and {name_two} on a {word} background"
-    return f"{name_one} in the {pick(rng, PLACES[one.place][0])} and {name_two}"
+        return f"{name_one} , {name_two} and {name_three} on a {word} background"
+    return f"{name_one} in the {pick(rng, PLACES[one.place][0])} , {name_two} and {name_three}"
+
+
+def _third(scene: Scene, first: int, second: int, rng: np.random.Generator) -> int:
+    """Return a thing beside the two that a caption is about; a scene has at least three."""
+    return pick(rng, [i for i in range(len(scene.things)) if i not in (first, second)])
 
 
 def relations(one: Thing, two: Thing) -> list[str]:

@@ -29,7 +29,7 @@ from lib.scene_texts import (
     write_dense_text,
 )
 
-FORMAT, VERSION = "scenes", 1
+FORMAT, VERSION = "scenes", 2
 SPLITS = ("train", "dev", "test")
 CHANGES = ("colour", "shape", "size", "place", "background", "relation")
 MIN_VISIBLE = 0.7  # share of a thing's area that nothing in front of it may hide

@@ -84,9 +84,13 @@ def regroup(parts: list[Tokens], size: int) -> list[Tokens]:
         current.append(part)
         count += len(part)
         if count >= size:
-            groups.append(Tokens.cat(current))
+            groups.append(_joined(current))
             current, count = [], 0
-    return groups + ([Tokens.cat(current)] if current else [])
+    return groups + ([_joined(current)] if current else [])
+
+
+def _joined(parts: list[Tokens]) -> Tokens:
+    return parts[0] if len(parts) == 1 else Tokens.cat(parts)  # cat copies
 
 
 @torch.inference_mode()

@@ -17,12 +17,16 @@ from lib.checkpoint import (
     load_model,
     load_training_state,
     load_weights,
-    save_model,
+    model_payload,
     save_payload,
 )
 from lib.errors import InputError
 from lib.methods.registry import method_names
 from tests.helpers import encode, pair_inputs, tiny_args, tiny_model
+
+
+def save_model(path, model, args, vocabulary=None, **facts):
+    save_payload(path, {**model_payload(model, args, vocabulary), **facts})
 
 
 @pytest.mark.parametrize("method", method_names())
@@ -57,6 +61,24 @@ def test_a_missing_a_left_over_and_a_reshaped_weight_are_named():
     assert "missing: dense_head.scale" in message
     assert "left over: extra.weight" in message
     assert "of another shape: sparse_head.scale" in message
+
+
+def test_backbone_names_of_another_transformers_are_understood():
+    """The names of transformers 4.45, written from memory of its modules, and today's."""
+    model = tiny_model()
+    state, renamed = model.state_dict(), {}
+    for key, value in state.items():
+        if "image_encoder.backbone.layers" in key:
+            key = key.replace("backbone.layers.", "backbone.encoder.layer.")
+            for new, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+                key = key.replace(f"attention.{new}", f"attention.attention.{old}")
+            key = key.replace("attention.o_proj", "attention.output.dense")
+            key = key.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+        renamed[key] = value
+    other = tiny_model(seed=5)
+    load_weights("x.pth", other, renamed)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, state[key]), key
 
 
 class Touch:

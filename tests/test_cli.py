@@ -167,7 +167,7 @@ def refused(argv: list[str], capsys, monkeypatch) -> str:
         (lambda root: (root / "f30k/train_caps.txt").write_text("one\n\n"), "train_caps.txt:2"),
         (lambda root: (root / "flickr30k-images/3.jpg").unlink(), "3.jpg"),
         (lambda root: (root / "f30k/id_mapping.json").write_text("{}"), "id_mapping.json"),
-        (lambda root: (root / "f30k/train_ids.txt").write_text("1\n2\n3\n"), "3"),
+        (lambda root: (root / "f30k/train_ids.txt").write_text("1\n2\n3\n"), "40 captions"),
     ],
     ids=["folder", "captions", "dense", "json", "empty", "image", "mapping", "counts"],
 )

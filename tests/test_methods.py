@@ -141,6 +141,9 @@ def test_runs_under_autocast(method):
     losses["loss"].backward()
     assert torch.isfinite(losses["loss"])
     assert losses["loss"].dtype == torch.float32
+    for encoder in (model.image_encoder, model.text_encoder):
+        if encoder is not None:  # a weight cast without a graph would stay without gradient
+            assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
 
 
 def test_state_dict_round_trip(method):

@@ -205,6 +205,39 @@ def test_two_processes_train_like_one(scenes_path, tmp_path):
     assert len(events) == 1  # rank 0 alone writes
 
 
+def test_overwriting_leaves_nothing_of_the_old_run(scenes_path, tmp_path):
+    folder = tmp_path / "run"
+    assert train.main(flags(scenes_path, folder)) == 0
+    (folder / "results.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    assert train.main(flags(scenes_path, folder, "--overwrite", "1", "--num_epochs", "1")) == 0
+    assert not (folder / "results.json").exists()
+    assert (folder / "notes.txt").exists()
+    assert len(scalars(folder)["train/loss"]) == 10
+
+
+def test_flags_given_with_resume_are_the_ones_used(scenes_path, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main(flags(scenes_path, folder, "--num_epochs", "1")) == 0
+    more = "--num_epochs 2 --learning_rate 1e-5 --lr_policy step --lr_warmup_steps 0".split()
+    assert train.main(["--resume", str(folder), *more]) == 0
+    rates = scalars(folder)["lr/heads"]
+    assert rates[20] == pytest.approx(1e-5)
+    assert train.main(["--resume", str(folder), "--batch_size", "8"]) == 2
+    assert "16 pairs a step" in capsys.readouterr().err
+    (folder / "args.json").write_text("{")
+    assert train.main(["--resume", str(folder)]) == 2
+    assert "args.json" in capsys.readouterr().err
+
+
+def test_the_rest_of_an_epoch_is_a_step_too(scenes_path, tmp_path):
+    folder = tmp_path / "run"
+    assert train.main(flags(scenes_path, folder, "--grad_accum", "4")) == 0
+    rates = scalars(folder)["lr/heads"]  # 10 batches make 3 steps an epoch, under a cosine
+    assert sorted(rates) == [1, 2, 3, 4, 5, 6]
+    assert rates[6] > 0
+
+
 def test_processes_can_be_numbered_by_hand(scenes_path, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -333,13 +366,15 @@ def test_undecodable_images_are_left_out_and_counted(scenes_path, tmp_path, caps
     data = tmp_path / "data"
     shutil.copytree(scenes_path, data)
     files = sorted((data / "scenes" / "images").iterdir())
-    for path in files[:3]:
+    for path in files[:2]:
         path.write_bytes(b"no picture")
+    files[2].write_bytes(files[2].read_bytes()[:-200])  # cut off
     folder = tmp_path / "run"
-    assert train.main(flags(data, folder, "--num_epochs", "1")) == 0
+    assert train.main(flags(data, folder)) == 0
     log = (folder / "train.log").read_text()
     assert log.count("can't be decoded; its pairs are left out") == 3
     assert "epoch 0: 3 images could not be decoded and were left out" in log
+    assert "epoch 1: 3 images could not be decoded and were left out" in log
     argv = flags(data, tmp_path / "strict", "--max_bad_images", "2")
     assert train.main(argv) == 2
     assert "--max_bad_images 2" in capsys.readouterr().err

@@ -210,7 +210,13 @@ class Method(nn.Module):
             raise ValueError(
                 f"{self.name} reads a dense text of each {owner}: pass dense_ids and dense_lengths"
             )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.dense_gradient):
+        if self.dense_gradient:
+            return self.text_encoder(ids, lengths)
+        # autocast would keep its half-precision weights, cast here without a graph, for the
+        # captions' pass, which needs one: no caching
+        device = ids.device.type
+        mixed = torch.is_autocast_enabled(device)
+        with torch.no_grad(), torch.autocast(device, enabled=mixed, cache_enabled=False):
             return self.text_encoder(ids, lengths)
 
     # --- similarity ----------------------------------------------------------------------------
