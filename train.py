@@ -174,7 +174,10 @@ def set_seed(seed: int) -> None:
 def _recompute_backbones(model: Method) -> None:
     for encoder in (model.image_encoder, model.text_encoder):
         if encoder is not None and hasattr(encoder, "backbone"):
-            encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone = encoder.backbone
+            # the new name since transformers 5.23, the only one in 4.x
+            new = getattr(backbone, "activation_checkpointing_enable", None)
+            (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _show(bar: tqdm, done: int, total: int) -> None:
