@@ -20,7 +20,7 @@ DATASET_DEFAULTS = {
         "img_res": 96,
         "embed_size": 64,
         "batch_size": 64,
-        "num_epochs": 7,
+        "num_epochs": 5,
         "learning_rate": 2e-3,
         "backbone_lr_ratio": 1.0,
         "lr_policy": "cosine",

@@ -368,7 +368,7 @@ def build_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 def _compile_backbones(model: Method) -> None:
     for encoder in (model.image_encoder, model.text_encoder):
         if encoder is not None and hasattr(encoder, "backbone"):
-            encoder.backbone.compile()  # in place, so that the weights keep their names
+            encoder.backbone.compile(dynamic=True)  # in place, so that the weights keep their names
 
 
 def _payload(
