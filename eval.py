@@ -86,6 +86,7 @@ def evaluate_checkpoint(
     seconds = time.perf_counter() - started
     tables = split_tables(split, matrix)
     facts = result_facts(checkpoint, model, trained, args, seconds)
+    facts["images"], facts["captions"] = matrix.shape
     results = {name: {**table, **facts} for name, table in tables.items()}
     if distributed.is_main():
         report(checkpoint, results, args, matrix)

@@ -83,7 +83,6 @@ def split_results(
         results = recall_metrics(matrix, caption_images=caption_images)
     if intervals:
         results["intervals"] = recall_intervals(matrix, caption_images=caption_images, folds=folds)
-    results["images"], results["captions"] = (int(size) for size in matrix.shape)
     return results
 
 
