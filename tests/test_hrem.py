@@ -289,7 +289,7 @@ def test_fragments_travel_with_their_rows():
     _, texts = encode(model, pair_inputs(method="hrem"))
     wider = texts.fragments.padded(texts.fragments.local.shape[1] + 2)
     other = Tokens(texts.local, texts.mask, fragments=wider)
-    both = Tokens.cat([texts, other]).detach()
+    both = Tokens.cat([texts, other])
     assert both.fragments.local.shape[1] == wider.local.shape[1]
     picked = both[[1, 7]].fragments
     assert torch.equal(picked.local[0], picked.local[1])

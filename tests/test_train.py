@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval as evaluation
 import train
 from lib.checkpoint import load_model
+from lib.methods.registry import method_names
 from lib.metrics import recall_metrics
 from tests.helpers import encode, pair_inputs, tiny_model
 
@@ -324,6 +325,25 @@ def test_options_train_and_evaluate(scenes_path, tmp_path, more):
     assert table["val_split"] == ("test" if "test" in more else "dev")
     oracle = "caption" in more
     assert (table["protocol"] == "oracle") == oracle
+
+
+@pytest.mark.parametrize("method", [name for name in method_names() if name != "seps"])
+def test_every_other_method_trains_evaluates_and_goes_on(scenes_path, tmp_path, method):
+    folder = tmp_path / "run"
+    argv = flags(scenes_path, folder, "--method", method, "--warmup", "4", "--nhead", "4")
+    assert train.main([*argv, "--num_epochs", "1"]) == 0
+    assert train.main(["--resume", str(folder), "--num_epochs", "2"]) == 0
+    curves = scalars(folder)
+    assert sorted(curves["train/loss"]) == list(range(1, 21))
+    assert all(np.isfinite(value) for value in curves["train/loss"].values())
+    argv = ["--checkpoint", str(folder / "model_best.pth"), "--data_path", str(scenes_path)]
+    assert evaluation.main(argv) == 0
+    table = json.loads((folder / "results.json").read_text())["scenes"]
+    assert table["method"] == method
+    oracle, image = {"seps_released"}, {"dense_text"}
+    assert table["protocol"] == (
+        "oracle" if method in oracle else "image" if method in image else "none"
+    )
 
 
 def test_overfits_sixteen_pairs():
