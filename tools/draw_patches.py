@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--out", default="imgs/kept_patches.png")
     parser.add_argument("--split", default="test", choices=["dev", "test"])
-    parser.add_argument("--images", default="0,6", help="rows of the split, a line each")
+    parser.add_argument("--images", default="0,5", help="rows of the split, a line each")
     parser.add_argument("--captions", type=int, default=4, help="captions shown of each image")
     parser.add_argument("--method", default=None)
     parser.add_argument("--vit_path", default=None)
