@@ -20,7 +20,7 @@ import torch
 from arguments import parse_eval
 from data import Split
 from lib import distributed
-from lib.checkpoint import load_model
+from lib.checkpoint import BEST, restore_model
 from lib.errors import InputError, NonFiniteError
 from lib.evaluation import file_digest, split_results, split_similarity, write_results
 from lib.methods.base import Method
@@ -30,7 +30,6 @@ from lib.precision import autocast_for
 from train import prepare_scenes, read_split, start_processes, validation_loaders
 from vocab import WordTokenizer, load_tokenizer
 
-BEST = "model_best.pth"
 COCO_FOLDS = 5
 
 
@@ -72,12 +71,14 @@ def evaluate_checkpoint(
     checkpoint: Path, args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """Print the table of one checkpoint and write results.json beside it; return the results."""
-    model, trained = load_model(checkpoint, args.method, args.vit_path, args.bert_path, device)
+    payload = read_payload(checkpoint)
+    paths = args.vit_path, args.bert_path
+    model, trained = restore_model(checkpoint, payload, args.method, *paths, device)
     settings = evaluation_settings(args, trained)
     if args.shard_size:
         model.shard_size = args.shard_size
     prepare_scenes(settings)
-    tokenizer = checkpoint_tokenizer(checkpoint, args, trained)
+    tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
     pin = device.type == "cuda"
     loaders = validation_loaders(settings, split, tokenizer, model.dense_owner, pin)
@@ -103,14 +104,10 @@ def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
     return settings
 
 
-def checkpoint_tokenizer(
-    checkpoint: Path, args: argparse.Namespace, trained: argparse.Namespace
-) -> WordTokenizer:
-    """Return the tokenizer that the checkpoint was trained with."""
-    words = read_payload(checkpoint).get("vocabulary")
-    if words is not None:
-        return WordTokenizer(words, str(checkpoint))
-    return load_tokenizer(args.bert_path or trained.bert_path)
+def checkpoint_tokenizer(payload: dict[str, Any], bert_path: str) -> WordTokenizer:
+    """Return the tokenizer of a checkpoint: its own vocabulary, or that of `bert_path`."""
+    words = payload.get("vocabulary")
+    return load_tokenizer(bert_path) if words is None else WordTokenizer(words, "the checkpoint")
 
 
 def split_tables(split: Split, matrix: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -10,11 +10,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from arguments import image_path, parse_train
@@ -30,7 +31,14 @@ from data import (
     train_loader,
 )
 from lib import distributed
-from lib.checkpoint import load_training_state, load_weights, model_payload, save_payload
+from lib.checkpoint import (
+    BEST,
+    LAST,
+    load_training_state,
+    load_weights,
+    model_payload,
+    save_payload,
+)
 from lib.engine import Settings, Trainer
 from lib.errors import InputError, NonFiniteError
 from lib.evaluation import SplitLoaders
@@ -44,7 +52,6 @@ from lib.similarity import shard
 from lib.splits import hold_out, region_dense_file, region_files
 from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
 
-LAST, BEST = "checkpoint_last.pth", "model_best.pth"
 HELD_OUT_IMAGES = 1000  # of the training split, where dev can't choose the checkpoint
 PICTURED_PAIRS = 4
 
@@ -171,13 +178,17 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _recompute_backbones(model: Method) -> None:
+def _backbones(model: Method) -> Iterator[nn.Module]:
     for encoder in (model.image_encoder, model.text_encoder):
         if encoder is not None and hasattr(encoder, "backbone"):
-            backbone = encoder.backbone
-            # the new name since transformers 5.23, the only one in 4.x
-            new = getattr(backbone, "activation_checkpointing_enable", None)
-            (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+            yield encoder.backbone
+
+
+def _recompute_backbones(model: Method) -> None:
+    for backbone in _backbones(model):
+        # the new name since transformers 5.23; 4.x has the old one alone
+        new = getattr(backbone, "activation_checkpointing_enable", None)
+        (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _show(bar: tqdm, done: int, total: int) -> None:
@@ -366,9 +377,8 @@ def build_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 
 
 def _compile_backbones(model: Method) -> None:
-    for encoder in (model.image_encoder, model.text_encoder):
-        if encoder is not None and hasattr(encoder, "backbone"):
-            encoder.backbone.compile(dynamic=True)  # in place, so that the weights keep their names
+    for backbone in _backbones(model):
+        backbone.compile(dynamic=True)  # in place, so that the weights keep their names
 
 
 def _payload(

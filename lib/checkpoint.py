@@ -16,9 +16,10 @@ from transformers import AutoConfig
 from lib.errors import InputError
 from lib.methods import registry
 from lib.methods.base import Method
-from lib.official import canonical_name, is_official, load_official
+from lib.official import canonical_name, check_complete, is_official, load_official
 from lib.payloads import read_payload
 
+LAST, BEST = "checkpoint_last.pth", "model_best.pth"  # names in a run folder
 FORMAT = "seps-checkpoint"
 VERSION = 1
 
@@ -108,7 +109,18 @@ def load_model(
     are folders with the backbones' config.json, which spare the model hub. Nothing pickled is ever
     executed. Raises InputError where the file can't be read, or a weight is missing or left over.
     """
-    payload = read_payload(path)
+    return restore_model(path, read_payload(path), method, vit_path, bert_path, device)
+
+
+def restore_model(
+    path: str | Path,
+    payload: dict[str, Any],
+    method: str | None = None,
+    vit_path: str | None = None,
+    bert_path: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Method, argparse.Namespace]:
+    """Return what `load_model` does, from a `payload` already read; `path` is for its messages."""
     if is_official(payload):
         model, args = load_official(payload, method, vit_path, bert_path)
     else:
@@ -166,17 +178,8 @@ def load_weights(path: str | Path, model: nn.Module, state: dict[str, torch.Tens
     if state.keys() != own.keys():
         names = {canonical_name(key): key for key in own}
         state = {names.get(canonical_name(key), key): value for key, value in state.items()}
-    missing = sorted(set(own) - set(state))
-    extra = sorted(set(state) - set(own))
-    shapes = sorted(k for k in set(own) & set(state) if own[k].shape != state[k].shape)
-    if missing or extra or shapes:
-        found = [("missing", missing), ("left over", extra), ("of another shape", shapes)]
-        told = "; ".join(
-            f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if keys[3:] else "")
-            for what, keys in found
-            if keys
-        )
-        raise InputError(f"{path}: the weights do not fit this model ({told})")
+    extra = [key for key in state if key not in own]
+    check_complete(state, own, extra, f"{path}: the weights do not fit this model ({{}})")
     model.load_state_dict(state)
 
 

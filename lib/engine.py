@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib.batch import Batch
+from lib.checkpoint import BEST, LAST
 from lib.distributed import (
     all_true,
     barrier,
@@ -129,12 +130,12 @@ class Trainer:
             for epoch in range(self.progress.epoch, self.settings.num_epochs):
                 self.progress.epoch = epoch
                 if not self._train_epoch(epoch):
-                    self.save("checkpoint_last.pth", self)
+                    self.save(LAST, self)
                     return False
                 self.progress.epoch, self.progress.batch = epoch + 1, 0
                 if self.progress.validated_step != self.progress.step:
                     self.validate()
-                self.save("checkpoint_last.pth", self)
+                self.save(LAST, self)
         return True
 
     def _train_epoch(self, epoch: int) -> bool:
@@ -194,10 +195,10 @@ class Trainer:
         self._report(losses, norm, clock, bar)
         if progress.step % settings.val_step == 0:
             self.validate()
-            self.save("checkpoint_last.pth", self)
+            self.save(LAST, self)
             clock.restart()
         elif progress.step % settings.save_step == 0:
-            self.save("checkpoint_last.pth", self)
+            self.save(LAST, self)
 
     def _forward_backward(self, group: list[Batch]) -> tuple[dict[str, float], float]:
         """Return each loss part's mean over the group, and the gradient norm before clipping."""
@@ -276,7 +277,7 @@ class Trainer:
             f"rSum {results['rsum']:.1f}{' (best)' if best else ''}"
         )
         if best:
-            self.save("model_best.pth", self)
+            self.save(BEST, self)
         if self.picture is not None and is_main():
             picture = self.picture(self.model)
             if picture is not None:

@@ -21,8 +21,7 @@ from lib.logs import write_text_whole
 from lib.methods.base import Method
 from lib.metrics import fold_metrics, recall_intervals, recall_metrics
 from lib.similarity import (
-    encode_image_batches,
-    encode_text_batches,
+    encode_batches,
     gather_texts,
     similarity_matrix,
 )
@@ -56,10 +55,14 @@ def split_similarity(
 
     pairs = loaders.num_images * len(loaders.caption_images)
     with bar("captions", len(loaders.caption_images)) as shown:
-        texts = encode_text_batches(model, loaders.captions, device, autocast, shown.update)
+        texts = encode_batches(
+            model.encode_text_batch, loaders.captions, device, autocast, shown.update
+        )
     texts = gather_texts(texts)
     with bar("images", loaders.num_images) as shown:
-        images = encode_image_batches(model, loaders.images, device, autocast, shown.update)
+        images = encode_batches(
+            model.encode_image_batch, loaders.images, device, autocast, shown.update
+        )
     with bar("pairs", pairs) as shown:
         shown.unit_scale = True
         matrix = similarity_matrix(model, images, texts, autocast, shown.update)

@@ -82,7 +82,6 @@ def load_official(
     args.bert_path = bert_path or _text_source(args)
     image_config = _config(args.vit_type, "--vit_path", ("vit", "swin"))
     text_config = _config(args.bert_path, "--bert_path", ("bert",))
-    registry.get_method(method).check_arguments(args)
     model = registry.build_model(args, text_config["vocab_size"], image_config, text_config)
     model.load_state_dict(converted_state(payload["model"], model.state_dict()))
     return model, args
@@ -170,7 +169,13 @@ def converted_state(official: dict[str, Tensor], own: dict[str, Tensor]) -> dict
             left_over.append(key)
             continue
         state[names.pop()] = value
-    _check_complete(state, own, left_over)
+    check_complete(
+        state,
+        own,
+        left_over,
+        "the official weights do not fit this model ({}); see --method, and the config.json in "
+        "--vit_path and --bert_path",
+    )
     return state
 
 
@@ -195,7 +200,13 @@ def canonical_name(key: str) -> str:
     return key
 
 
-def _check_complete(state: dict[str, Tensor], own: dict[str, Tensor], left_over: list[str]) -> None:
+def check_complete(
+    state: dict[str, Tensor], own: dict[str, Tensor], left_over: list[str], sentence: str
+) -> None:
+    """Raise InputError where `state` does not give each key of `own` a tensor of its shape.
+
+    What is missing, left over or of another shape takes the place of {} in `sentence`.
+    """
     missing = [key for key in own if key not in state]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
@@ -209,7 +220,4 @@ def _check_complete(state: dict[str, Tensor], own: dict[str, Tensor], left_over:
         if keys
     )
     if told:
-        raise InputError(
-            f"the official weights do not fit this model ({told}); see --method, and the "
-            "config.json in --vit_path and --bert_path"
-        )
+        raise InputError(sentence.format(told))

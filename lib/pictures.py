@@ -86,22 +86,14 @@ class KeptPatchStrip:
         """Return the strip (H, W, 3), or None where the method keeps all patches."""
         training = model.training
         model.eval()
-        images, captions = self.images, self.captions
-        tokens = model.encode_images(images.pixels, *_dense(images, model, "image"))
-        texts = model.encode_texts(
-            captions.ids, captions.lengths, *_dense(captions, model, "caption")
-        )
-        kept = model.kept_patches(tokens, texts)
+        tokens = model.encode_image_batch(self.images)
+        kept = model.kept_patches(tokens, model.encode_text_batch(self.captions))
         model.train(training)
         if kept is None:
             return None
         rows = kept.diagonal(dim1=0, dim2=1).T.cpu().numpy()  # (pairs, L)
         pictures = [
             with_caption(kept_overlay(rgb_image(pixels), row), text)
-            for pixels, row, text in zip(images.pixels, rows, self.texts, strict=True)
+            for pixels, row, text in zip(self.images.pixels, rows, self.texts, strict=True)
         ]
         return beside(pictures)
-
-
-def _dense(batch: Batch, model: Method, owner: str):
-    return (batch.dense_ids, batch.dense_lengths) if model.dense_owner == owner else (None, None)

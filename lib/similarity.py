@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lib.batch import Batch, Tokens
 from lib.distributed import gather_rows, gather_tokens, rank, world_size
@@ -25,45 +24,20 @@ def shard(count: int, this_rank: int | None = None, world: int | None = None) ->
 
 
 @torch.inference_mode()
-def encode_image_batches(
-    model: Method,
+def encode_batches(
+    encode: Callable[[Batch], Tokens],
     batches: Iterable[Batch],
     device: torch.device,
     autocast: Callable,
     progress: Progress = lambda count: None,
 ) -> list[Tokens]:
-    """Return the tokens of each batch of images, on `device`; each image is encoded once."""
+    """Return the tokens of each batch of images or captions, on `device`; each is encoded once."""
     tokens = []
     for batch in batches:
-        batch = batch.to(device)
-        dense = _dense_of(batch, model.dense_owner == "image")
         with autocast():
-            tokens.append(model.encode_images(batch.pixels, *dense, batch.pixel_lengths))
+            tokens.append(encode(batch.to(device)))
         progress(len(tokens[-1]))
     return tokens
-
-
-@torch.inference_mode()
-def encode_text_batches(
-    model: Method,
-    batches: Iterable[Batch],
-    device: torch.device,
-    autocast: Callable,
-    progress: Progress = lambda count: None,
-) -> list[Tokens]:
-    """Return the tokens of each batch of captions, on `device`."""
-    tokens = []
-    for batch in batches:
-        batch = batch.to(device)
-        dense = _dense_of(batch, model.dense_owner == "caption")
-        with autocast():
-            tokens.append(model.encode_texts(batch.ids, batch.lengths, *dense))
-        progress(len(tokens[-1]))
-    return tokens
-
-
-def _dense_of(batch: Batch, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
-    return (batch.dense_ids, batch.dense_lengths) if wanted else (None, None)
 
 
 def gather_texts(parts: list[Tokens]) -> list[Tokens]:

@@ -23,13 +23,12 @@ from tqdm import tqdm
 
 from arguments import DATASET_DEFAULTS, int_list, parse_train
 from lib import comparison
-from lib.checkpoint import load_model, plain_arguments
+from lib.checkpoint import BEST, load_model, plain_arguments
 from lib.comparison import FinishedRun, Row, last_line, read_json, write_json, write_whole
 from lib.errors import InputError
 from lib.methods.registry import method_names
 
 ROOT = Path(__file__).resolve().parent.parent
-BEST = "model_best.pth"
 STATE, LOG = "compare.json", "output.log"
 TICK_SECONDS = 5.0  # how often the display and the seconds on disk are renewed
 OURS = ("--method", "--dataset", "--seed", "--logger_name", "--resume", "--overwrite")

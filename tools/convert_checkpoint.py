@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.checkpoint import load_model, model_payload, save_payload
+from lib.checkpoint import model_payload, restore_model, save_payload
 from lib.errors import InputError
 from lib.payloads import SAFETENSORS, read_payload, write_safetensors
 from vocab import load_tokenizer
@@ -40,8 +40,10 @@ def convert(args: argparse.Namespace) -> None:
         raise InputError(f"{out}: end the name in .pth or {SAFETENSORS}")
     if out.exists() and out.samefile(args.checkpoint):
         raise InputError(f"{out} is the input itself; write to another file")
-    model, trained = load_model(args.checkpoint, args.method, args.vit_path, args.bert_path)
-    words = read_payload(args.checkpoint).get("vocabulary")
+    source = read_payload(args.checkpoint)
+    paths = args.vit_path, args.bert_path
+    model, trained = restore_model(args.checkpoint, source, args.method, *paths)
+    words = source.get("vocabulary")
     if words is None:
         words = load_tokenizer(trained.bert_path).tokens
     payload = model_payload(model, trained, words)

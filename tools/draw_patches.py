@@ -11,13 +11,14 @@ import cv2
 import numpy as np
 import torch
 
-from arguments import image_path
-from data import EvalCaptions, EvalImages, caption_loader, image_loader, load_split
 from eval import checkpoint_tokenizer
-from lib.checkpoint import load_model
+from lib.batch import Batch
+from lib.checkpoint import restore_model
 from lib.errors import InputError
 from lib.methods.base import Method
+from lib.payloads import read_payload
 from lib.pictures import beside, kept_overlay, rgb_image, with_caption
+from train import read_split, validation_loaders
 
 SIDE = 224
 
@@ -47,26 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(args: argparse.Namespace) -> np.ndarray:
     """Return the picture: a line an image, the image first, then what each caption keeps."""
-    model, trained = load_model(args.checkpoint, args.method, args.vit_path, args.bert_path)
-    tokenizer = checkpoint_tokenizer(args.checkpoint, args, trained)
-    owner = model.dense_owner
-    split = load_split(
-        trained.data_path, trained.dataset, args.split, image_path(trained), owner is not None
-    )
-    dense_words = trained.max_dense_word or trained.max_word
-    images = EvalImages(
-        split, trained.img_res, tokenizer, dense_words if owner == "image" else None
-    )
-    captions = EvalCaptions(
-        split, tokenizer, trained.max_word, dense_words if owner == "caption" else None
-    )
+    payload = read_payload(args.checkpoint)
+    paths = args.vit_path, args.bert_path
+    model, trained = restore_model(args.checkpoint, payload, args.method, *paths)
+    tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
+    split = read_split(trained, args.split, needs_dense=model.dense_owner is not None)
+    loaders = validation_loaders(trained, split, tokenizer, model.dense_owner, pin=False)
     lines = []
     for row in (int(one) for one in args.images.split(",")):
-        if not 0 <= row < len(images):
-            raise InputError(f"--images {row}: the split has {len(images)} images, from 0")
+        if not 0 <= row < loaders.num_images:
+            raise InputError(f"--images {row}: the split has {loaders.num_images} images, from 0")
         columns = np.flatnonzero(split.caption_image == row)[: args.captions].tolist()
-        image = next(iter(image_loader(images, 1, [row])))
-        texts = next(iter(caption_loader(captions, len(columns), columns)))
+        image = loaders.images.first([row])
+        texts = loaders.captions.first(columns)
         kept = kept_for(model, image, texts)
         source = rgb_image(image.pixels[0])
         whole = kept_overlay(source, np.ones(kept.shape[1], bool), SIDE)
@@ -85,11 +79,9 @@ def draw(args: argparse.Namespace) -> np.ndarray:
 
 
 @torch.inference_mode()
-def kept_for(model: Method, image, texts) -> np.ndarray:
+def kept_for(model: Method, image: Batch, texts: Batch) -> np.ndarray:
     """Return the patches kept of one image for each caption, bool (captions, L)."""
-    tokens = model.encode_images(image.pixels, image.dense_ids, image.dense_lengths)
-    words = model.encode_texts(texts.ids, texts.lengths, texts.dense_ids, texts.dense_lengths)
-    kept = model.kept_patches(tokens, words)
+    kept = model.kept_patches(model.encode_image_batch(image), model.encode_text_batch(texts))
     if kept is None:
         raise InputError(f"--method {model.name} uses all patches: there is nothing to draw")
     return kept[0].numpy()

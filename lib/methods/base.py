@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.batch import Tokens
+from lib.alignment import max_mean, pair_affinity
+from lib.batch import Batch, Tokens
 from lib.distributed import gather_rows, gather_tokens
 from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
-from lib.losses import AlignmentLoss
+from lib.losses import AlignmentLoss, ratio_loss
+from lib.slimming import LapsNetwork, summarise_text
 
 Prepared = dict[str, Tensor]
 
@@ -202,6 +204,16 @@ class Method(nn.Module):
         tokens.dense = self._encode_dense("caption", dense_ids, dense_lengths)
         return tokens
 
+    def encode_image_batch(self, batch: Batch) -> Tokens:
+        """Return `encode_images` of a batch; a dense text in it counts where images own theirs."""
+        return self.encode_images(
+            batch.pixels, batch.dense_ids, batch.dense_lengths, batch.pixel_lengths
+        )
+
+    def encode_text_batch(self, batch: Batch) -> Tokens:
+        """Return `encode_texts` of a batch; a dense text in it counts where captions own it."""
+        return self.encode_texts(batch.ids, batch.lengths, batch.dense_ids, batch.dense_lengths)
+
     def _encode_dense(self, owner: str, ids: Tensor | None, lengths: Tensor | None):
         """Return the dense text's tokens where `owner` is who this method gives it to."""
         if self.dense_owner != owner:
@@ -283,12 +295,9 @@ class Method(nn.Module):
         Row i of every argument belongs to pair i. Under DDP each rank passes its own pairs; the
         loss is that of the global batch, the same on every rank.
         """
-        dense = (dense_ids, dense_lengths)
-        none = (None, None)
-        images = self.encode_images(
-            pixels, *(dense if self.dense_owner == "image" else none), pixel_lengths
-        )
-        texts = self.encode_texts(ids, lengths, *(dense if self.dense_owner == "caption" else none))
+        dense = (dense_ids, dense_lengths)  # each side takes it only where it owns it
+        images = self.encode_images(pixels, *dense, pixel_lengths)
+        texts = self.encode_texts(ids, lengths, *dense)
         return self.losses(images, gather_tokens(texts), gather_rows(image_ids))
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
@@ -299,6 +308,80 @@ class Method(nn.Module):
         maps = self.pair_maps(images, texts)
         alignment = self.criterion(self.gather(maps["similarity"]), image_ids)
         return {"loss": alignment, "alignment": alignment.detach()}
+
+
+class LapsFamily(Method):
+    """What LAPS, the released SEPS and improved LAPS share: one `LapsNetwork` and its ratio loss.
+
+    `ratio_lambdas` weigh the kept share in the ratio loss, a constant under hard top-k.
+    """
+
+    ratio_lambdas: ClassVar[tuple[float, float]] = (1.0, 0.0)
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        criterion: AlignmentLoss,
+        *,
+        embed_size: int,
+        shard_size: int = 64,
+        sparse_ratio: float = 0.5,
+        aggr_ratio: float = 0.4,
+        ratio_weight: float = 2.0,
+        detach_patches: bool = False,
+        dense_owner: str | None = None,
+    ) -> None:
+        super().__init__(image_encoder, text_encoder, criterion, shard_size, dense_owner)
+        self.ratio_weight = ratio_weight
+        self.detach_patches = detach_patches
+        self.network = LapsNetwork(embed_size, image_encoder.num_patches, sparse_ratio, aggr_ratio)
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        check_slimming(args)
+
+    @staticmethod
+    def shared_settings(args: argparse.Namespace) -> dict[str, Any]:
+        """Return the constructor's keyword arguments that the whole family reads off the flags."""
+        return {
+            "embed_size": args.embed_size,
+            "shard_size": args.shard_size,
+            "sparse_ratio": args.sparse_ratio,
+            "aggr_ratio": args.aggr_ratio,
+            "ratio_weight": args.ratio_weight,
+            "detach_patches": bool(args.detach_patches),
+        }
+
+    @property
+    def may_leave_unused(self) -> bool:
+        return self.detach_patches
+
+    def prepare_images(self, images: Tokens) -> Prepared:
+        return self.network.prepare(self.patches_of(images), images.cls)
+
+    def patches_of(self, images: Tokens) -> Tensor:
+        """Return the patches (B_v, L, C), without gradient where the flag says so."""
+        return images.local.detach() if self.detach_patches else images.local
+
+    def prepare_texts(self, texts: Tokens) -> Prepared:
+        return summarise_text(texts.local, texts.mask)
+
+    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+        tokens = self.network.tokens(images, texts["global"])  # (B_v, T, N, C)
+        affinity = pair_affinity(tokens, texts["words"])  # (B_v, T, N, M)
+        every = texts["word_mask"].new_ones(1)
+        return {"similarity": max_mean(affinity, every, texts["word_mask"])}
+
+    def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
+        embeddings = self.prepare_texts(texts)["global"]
+        return self.network.select(self.prepare_images(images), embeddings)[1]
+
+    def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
+        losses = super().losses(images, texts, image_ids)
+        share = losses["loss"].new_tensor(self.network.kept_share)
+        ratio = ratio_loss(share, None, self.network.sparse_ratio, *self.ratio_lambdas)
+        return {**losses, "loss": losses["loss"] + self.ratio_weight * ratio, "ratio": ratio}
 
 
 def _chunks(prepared: Prepared, size: int) -> list[Prepared]:

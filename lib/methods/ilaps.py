@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lib.alignment import attention_mean, max_mean, pair_affinity, threshold_mean
+from lib.alignment import attention_mean, pair_affinity, threshold_mean
 from lib.batch import Tokens
 from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
-from lib.losses import AlignmentLoss, ratio_loss
-from lib.methods.base import Method, Prepared, check_slimming
+from lib.losses import AlignmentLoss
+from lib.methods.base import LapsFamily, Prepared
 from lib.methods.registry import register_method
-from lib.slimming import LapsNetwork, WordSelection, summarise_text
+from lib.slimming import WordSelection
 
 SIMILARITIES = ("max", "attn", "thres")
 STRATEGIES = ("ratio", "score")
 
 
 @register_method("ilaps")
-class ImprovedLAPS(Method):
+class ImprovedLAPS(LapsFamily):
     """Improved LAPS, SPEC 10; with every flag off it is LAPS.
 
     NOTE: the choice of words has no gradient in the official code either: the layer that scores
@@ -35,24 +36,17 @@ class ImprovedLAPS(Method):
         criterion: AlignmentLoss,
         *,
         embed_size: int,
-        shard_size: int = 64,
-        sparse_ratio: float = 0.5,
-        aggr_ratio: float = 0.4,
-        ratio_weight: float = 2.0,
-        detach_patches: bool = False,
         cls_as_global: bool = False,
         word_selection: WordSelection | None = None,
         similarity: str = "max",
         learnable_temperature: bool = False,
         score_threshold: float = 0.7,
+        **shared: Any,
     ) -> None:
-        super().__init__(image_encoder, text_encoder, criterion, shard_size)
-        self.ratio_weight = ratio_weight
-        self.detach_patches = detach_patches
+        super().__init__(image_encoder, text_encoder, criterion, embed_size=embed_size, **shared)
         self.cls_as_global = cls_as_global
         self.similarity_kind = similarity
         self.score_threshold = score_threshold
-        self.network = LapsNetwork(embed_size, image_encoder.num_patches, sparse_ratio, aggr_ratio)
         self.word_selection = word_selection
         self.temperature = 1.0
         if similarity == "attn":
@@ -77,7 +71,7 @@ class ImprovedLAPS(Method):
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
-        check_slimming(args)
+        super().check_arguments(args)
         for flag, choices in (
             ("similarity_calc_method", (None, *SIMILARITIES)),
             ("token_selection_strategy", STRATEGIES),
@@ -110,12 +104,7 @@ class ImprovedLAPS(Method):
             image_encoder,
             source.text(),
             AlignmentLoss.from_args(args),
-            embed_size=args.embed_size,
-            shard_size=args.shard_size,
-            sparse_ratio=args.sparse_ratio,
-            aggr_ratio=args.aggr_ratio,
-            ratio_weight=args.ratio_weight,
-            detach_patches=bool(args.detach_patches),
+            **cls.shared_settings(args),
             cls_as_global=bool(args.use_cls_as_glob_embd),
             word_selection=selection,
             similarity=args.similarity_calc_method or "max",
@@ -125,15 +114,14 @@ class ImprovedLAPS(Method):
 
     @property
     def may_leave_unused(self) -> bool:
-        return self.detach_patches or self.word_selection is not None
+        return super().may_leave_unused or self.word_selection is not None
 
     def prepare_images(self, images: Tokens) -> Prepared:
-        patches = images.local.detach() if self.detach_patches else images.local  # (B_v, L, C)
         embeddings = images.cls[:, 0] if self.cls_as_global else None  # (B_v, C)
-        return self.network.prepare(patches, images.cls, embeddings)
+        return self.network.prepare(self.patches_of(images), images.cls, embeddings)
 
     def prepare_texts(self, texts: Tokens) -> Prepared:
-        prepared = summarise_text(texts.local, texts.mask)
+        prepared = super().prepare_texts(texts)
         if self.cls_as_global:
             prepared["global"] = texts.local[:, 0].detach()
         if self.similarity_kind == "attn":
@@ -144,22 +132,13 @@ class ImprovedLAPS(Method):
         return prepared
 
     def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+        if self.similarity_kind == "max":
+            return super().score(images, texts)
         words, mask = texts["words"], texts["word_mask"]
         tokens = self.network.tokens(images, texts["global"])  # (B_v, T, N, C)
         if self.similarity_kind == "attn":
             queries = texts["i2t"], texts["t2i"]
             return {"similarity": attention_mean(tokens, words, mask, *queries, self.temperature)}
-        affinity, every = pair_affinity(tokens, words), mask.new_ones(1)
-        if self.similarity_kind == "thres":
-            return {"similarity": threshold_mean(affinity, every, mask, self.score_threshold)}
-        return {"similarity": max_mean(affinity, every, mask)}
-
-    def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
-        embeddings = self.prepare_texts(texts)["global"]
-        return self.network.select(self.prepare_images(images), embeddings)[1]
-
-    def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
-        losses = super().losses(images, texts, image_ids)
-        share = losses["loss"].new_tensor(self.network.kept_share)
-        ratio = ratio_loss(share, None, self.network.sparse_ratio, 1.0, 0.0)
-        return {**losses, "loss": losses["loss"] + self.ratio_weight * ratio, "ratio": ratio}
+        affinity = pair_affinity(tokens, words)
+        every = mask.new_ones(1)
+        return {"similarity": threshold_mean(affinity, every, mask, self.score_threshold)}

@@ -7,17 +7,15 @@ import argparse
 import torch
 from torch import Tensor
 
-from lib.alignment import max_mean, pair_affinity
 from lib.batch import Tokens, length_mask
-from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
-from lib.losses import AlignmentLoss, ratio_loss
-from lib.methods.base import Method, Prepared, check_slimming
+from lib.encoders import EncoderSource
+from lib.losses import AlignmentLoss
+from lib.methods.base import LapsFamily
 from lib.methods.registry import register_method
-from lib.slimming import LapsNetwork, summarise_text
 
 
 @register_method("seps_released")
-class SEPSReleased(Method):
+class SEPSReleased(LapsFamily):
     """What the published SEPS checkpoints compute, SPEC 4.1.
 
     The dense text is that of the CAPTION's image: an oracle, never comparable with `image` or
@@ -28,49 +26,18 @@ class SEPSReleased(Method):
     NOTE: its ratio loss has both λ at 1, a target that top-k selection can't reach: a constant.
     """
 
-    def __init__(
-        self,
-        image_encoder: ImageEncoder,
-        text_encoder: TextEncoder,
-        criterion: AlignmentLoss,
-        *,
-        embed_size: int,
-        shard_size: int = 64,
-        sparse_ratio: float = 0.5,
-        aggr_ratio: float = 0.4,
-        ratio_weight: float = 2.0,
-        detach_patches: bool = True,
-    ) -> None:
-        super().__init__(image_encoder, text_encoder, criterion, shard_size, "caption")
-        self.ratio_weight = ratio_weight
-        self.detach_patches = detach_patches
-        self.network = LapsNetwork(embed_size, image_encoder.num_patches, sparse_ratio, aggr_ratio)
+    ratio_lambdas = (1.0, 1.0)
 
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str:
         return "caption"
 
     @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        check_slimming(args)
-
-    @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> SEPSReleased:
-        return cls(
-            source.image(),
-            source.text(),
-            AlignmentLoss.from_args(args),
-            embed_size=args.embed_size,
-            shard_size=args.shard_size,
-            sparse_ratio=args.sparse_ratio,
-            aggr_ratio=args.aggr_ratio,
-            ratio_weight=args.ratio_weight,
-            detach_patches=args.detach_patches is None or bool(args.detach_patches),
-        )
-
-    @property
-    def may_leave_unused(self) -> bool:
-        return self.detach_patches
+        settings = cls.shared_settings(args)
+        settings["detach_patches"] = args.detach_patches is None or bool(args.detach_patches)
+        criterion = AlignmentLoss.from_args(args)
+        return cls(source.image(), source.text(), criterion, dense_owner="caption", **settings)
 
     def _encode_dense(self, owner: str, ids: Tensor | None, lengths: Tensor | None):
         """Return the dense tokens, each different text encoded once: captions share images."""
@@ -85,31 +52,6 @@ class SEPSReleased(Method):
         first, row = _first_equal_text(texts.dense).unique(return_inverse=True)
         dense = super().pair_maps(images, texts.dense[first])
         return {key: values + dense[key][:, row] for key, values in captions.items()}
-
-    def prepare_images(self, images: Tokens) -> Prepared:
-        patches = images.local.detach() if self.detach_patches else images.local  # (B_v, L, C)
-        return self.network.prepare(patches, images.cls)
-
-    def prepare_texts(self, texts: Tokens) -> Prepared:
-        return summarise_text(texts.local, texts.mask)
-
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        """Return the similarity of images with captions, or with dense texts."""
-        tokens = self.network.tokens(images, texts["global"])  # (B_v, T, N, C)
-        affinity = pair_affinity(tokens, texts["words"])  # (B_v, T, N, M)
-        every = texts["word_mask"].new_ones(1)
-        return {"similarity": max_mean(affinity, every, texts["word_mask"])}
-
-    def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
-        """Return which patches each pair keeps under its caption, bool (B_v, B_t, L)."""
-        embeddings = self.prepare_texts(texts)["global"]
-        return self.network.select(self.prepare_images(images), embeddings)[1]
-
-    def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
-        losses = super().losses(images, texts, image_ids)
-        share = losses["loss"].new_tensor(self.network.kept_share)
-        ratio = ratio_loss(share, share, self.network.sparse_ratio, 1.0, 1.0)
-        return {**losses, "loss": losses["loss"] + self.ratio_weight * ratio, "ratio": ratio}
 
 
 def _first_equal(keys: Tensor) -> Tensor:
