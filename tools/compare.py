@@ -43,6 +43,8 @@ VARIANTS = [
 ABLATIONS = [
     Row("default", ("--method", "seps")),
     Row("gumbel", ("--method", "seps", "--selection", "gumbel")),
+    Row("text_scores_only", ("--method", "seps", "--attention_weight", "1.0")),
+    Row("patch_score_only", ("--method", "seps", "--attention_weight", "0.0")),
     Row("relevance_mlp", ("--method", "seps", "--relevance", "topk_mlp")),
     Row("relevance_none", ("--method", "seps", "--relevance", "mean")),
     Row("no_dense", ("--method", "seps", "--dense_side", "none")),
