@@ -52,6 +52,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coco_img_path", default=None, help="default: coco-images in it")
     group.add_argument("--workers", type=int, default=8, help="loader processes per process")
     group.add_argument(
+        "--image_cache",
+        default=None,
+        metavar="DIR",
+        help="keep resized images there, to be decoded once; images to be cropped at random are "
+        "kept shrunk, and their pixels differ by about 2 of 255 from those without the cache",
+    )
+    group.add_argument(
         "--size_augment", type=int, default=1, help="mask, replace and drop words in training"
     )
     group.add_argument(

@@ -27,7 +27,13 @@ from lib.methods.base import Method
 from lib.metrics import format_table
 from lib.payloads import read_payload
 from lib.precision import autocast_for
-from train import prepare_scenes, read_split, start_processes, validation_loaders
+from train import (
+    open_image_cache,
+    prepare_scenes,
+    read_split,
+    start_processes,
+    validation_loaders,
+)
 from vocab import WordTokenizer, load_tokenizer
 
 COCO_FOLDS = 5
@@ -71,6 +77,7 @@ def evaluate_checkpoint(
     checkpoint: Path, args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """Print the table of one checkpoint and write results.json beside it; return the results."""
+    cache = open_image_cache(args)
     payload = read_payload(checkpoint)
     paths = args.vit_path, args.bert_path
     model, trained = restore_model(checkpoint, payload, args.method, *paths, device)
@@ -81,7 +88,7 @@ def evaluate_checkpoint(
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
     pin = device.type == "cuda"
-    loaders = validation_loaders(settings, split, tokenizer, model.dense_owner, pin)
+    loaders = validation_loaders(settings, split, tokenizer, model.dense_owner, pin, cache)
     started = time.perf_counter()
     matrix = split_similarity(model, loaders, device, autocast_for(args.amp, device))
     seconds = time.perf_counter() - started

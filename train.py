@@ -42,6 +42,7 @@ from lib.checkpoint import (
 from lib.engine import Settings, Trainer
 from lib.errors import InputError, NonFiniteError
 from lib.evaluation import SplitLoaders
+from lib.image_cache import ImageCache
 from lib.logs import RunLog
 from lib.methods.base import Method
 from lib.methods.registry import build_model, get_method
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> bool:
 
 def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     log.say(f"{args.method} on {args.dataset}, {_device_name(device)}")
+    cache = open_image_cache(args)
     prepare_scenes(args)
     training, validation = load_splits(args, log)
     tokenizer = training_tokenizer(args, training)
@@ -109,7 +111,7 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     state = _saved_state(args)
     if state is not None:
         load_weights(Path(args.resume) / LAST, model, state["model"])
-    trainer = build_trainer(args, model, tokenizer, training, validation, device, log)
+    trainer = build_trainer(args, model, tokenizer, training, validation, device, log, cache)
     if distributed.world_size() > 1:
         set_seed(args.seed + distributed.rank())  # dropout and Gumbel noise differ between ranks
     if state is not None:
@@ -283,13 +285,23 @@ def training_tokenizer(args: argparse.Namespace, training: Split) -> WordTokeniz
     return WordTokenizer(learn_vocabulary([*training.captions, *(training.dense or [])]))
 
 
+def open_image_cache(args: argparse.Namespace) -> ImageCache | None:
+    """Return the cache of --image_cache, None without. Raises InputError for an unfit folder."""
+    return ImageCache(args.image_cache) if args.image_cache else None
+
+
 def validation_loaders(
-    args: argparse.Namespace, split: Split, tokenizer: WordTokenizer, owner: str | None, pin: bool
+    args: argparse.Namespace,
+    split: Split,
+    tokenizer: WordTokenizer,
+    owner: str | None,
+    pin: bool,
+    cache: ImageCache | None = None,
 ) -> SplitLoaders:
     """Return this rank's share of a split, ready for evaluation."""
     dense_words = args.max_dense_word or args.max_word
     img_res = args.img_res if get_method(args.method).uses_pixels else None
-    images = EvalImages(split, img_res, tokenizer, dense_words if owner == "image" else None)
+    images = EvalImages(split, img_res, tokenizer, dense_words if owner == "image" else None, cache)
     captions = EvalCaptions(
         split, tokenizer, args.max_word, dense_words if owner == "caption" else None
     )
@@ -314,6 +326,7 @@ def build_trainer(
     validation: Split,
     device: torch.device,
     log: RunLog,
+    cache: ImageCache | None = None,
 ) -> Trainer:
     """Return the trainer with loaders, optimizer and schedule as the flags say."""
     pin = device.type == "cuda"
@@ -327,6 +340,7 @@ def build_trainer(
         augment_words=bool(args.size_augment),
         seed=args.seed,
         max_dense_word=dense_words if model.dense_owner is not None else None,
+        cache=cache,
     )
     ranks = {"rank": distributed.rank(), "world": distributed.world_size()}
     batches = train_loader(dataset, args.batch_size, args.workers, pin, **ranks)
@@ -336,7 +350,7 @@ def build_trainer(
     )
     if args.compile:
         _compile_backbones(model)
-    loaders = validation_loaders(args, validation, tokenizer, model.dense_owner, pin)
+    loaders = validation_loaders(args, validation, tokenizer, model.dense_owner, pin, cache)
     pictured = model.uses_pixels and not args.precomp  # regions are no picture
 
     def save(name: str, trainer: Trainer) -> None:

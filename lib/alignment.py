@@ -11,27 +11,6 @@ from torch.nn.functional import leaky_relu, normalize, pad, softplus
 from lib.batch import Tokens
 
 NEGATIVE_SLOPE = 0.1
-SMALLEST_NORM = 1e-12  # as torch's normalize
-
-
-def pair_affinity(tokens: Tensor, words: Tensor) -> Tensor:
-    """Return leaky_relu of all cosines: (B_v, T or 1, N, C), (T, M, C) -> (B_v, T, N, M).
-
-    Tokens that no caption changes come with a second dimension of 1. Words are normalised by the
-    caller; tokens are normalised here, after the product, which touches fewer numbers.
-    """
-    return leaky_relu(_pair_products(tokens, words), NEGATIVE_SLOPE)
-
-
-def _pair_products(tokens: Tensor, words: Tensor) -> Tensor:
-    """Return products of normalised tokens with words, (B_v, T, N, M), at least float32."""
-    if tokens.shape[1] == 1:
-        products = torch.einsum("vnc,tmc->vtnm", tokens[:, 0], words)
-    else:
-        products = torch.einsum("vtnc,tmc->vtnm", tokens, words)
-    wide = torch.promote_types(products.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)  # (B_v, T|1, N, 1)
-    return products.to(wide) / norms.clamp(min=SMALLEST_NORM)
 
 
 def best_matches(affinity: Tensor, token_mask: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,21 +70,37 @@ class Relevance(nn.Module):
         return self.mlp(top.to(self.mlp[0].weight.dtype)).squeeze(-1)
 
 
-def max_mean(affinity: Tensor, token_mask: Tensor, word_mask: Tensor) -> Tensor:
-    """Return mean_words max_tokens A + mean_tokens max_words A, (B_v, T). LAPS, SPEC 3."""
-    for_words, for_tokens = best_matches(affinity, token_mask, word_mask)
+def best_affinities(
+    cosines: Tensor, token_mask: Tensor, word_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `best_matches` of A = leaky_relu(cosines), which is taken of the maxima alone.
+
+    It grows with the cosine, so that the maxima of one are those of the other.
+    """
+    best = best_matches(cosines, token_mask, word_mask)
+    return tuple(leaky_relu(one, NEGATIVE_SLOPE) for one in best)
+
+
+def mean_of_best(
+    for_words: Tensor, for_tokens: Tensor, token_mask: Tensor, word_mask: Tensor
+) -> Tensor:
+    """Return mean_words max_tokens A + mean_tokens max_words A, (B_v, T). LAPS, SPEC 3.
+
+    for_words (B_v, T, M) and for_tokens (B_v, T, N), masks as in `best_matches`, which gives them.
+    """
     return masked_average(for_words, word_mask) + masked_average(for_tokens, token_mask)
 
 
 def threshold_mean(
-    affinity: Tensor, token_mask: Tensor, word_mask: Tensor, threshold: float
+    cosines: Tensor, token_mask: Tensor, word_mask: Tensor, threshold: float
 ) -> Tensor:
     """Return mean_words mean{A near the word's best} + mean_tokens max_words A, (B_v, T).
 
-    A word averages the tokens whose affinity reaches max − threshold·|max| of its own, so that
-    several patches can speak for one word. Masks as in `best_matches`. Source: improved LAPS,
-    SPEC 10 (`thres`).
+    A = leaky_relu(cosines). A word averages the tokens whose affinity reaches max − threshold·|max|
+    of its own, so that several patches can speak for one word. Masks as in `best_matches`. Source:
+    improved LAPS, SPEC 10 (`thres`).
     """
+    affinity = leaky_relu(cosines, NEGATIVE_SLOPE)
     best, for_tokens = best_matches(affinity, token_mask, word_mask)
     floor = (best - threshold * best.abs()).detach()[:, :, None]  # (B_v, T, 1, M)
     near = (affinity >= floor) & token_mask[..., None]  # (B_v, T, N, M)
@@ -114,8 +109,7 @@ def threshold_mean(
 
 
 def attention_mean(
-    tokens: Tensor,
-    words: Tensor,
+    cosines: Tensor,
     word_mask: Tensor,
     token_queries: Tensor,
     word_queries: Tensor,
@@ -123,34 +117,34 @@ def attention_mean(
 ) -> Tensor:
     """Return Σ P∘A / N + Σ Q∘A / n, the attended affinities A of both directions, (B_v, T).
 
-    P = softmax over words of `token_queries`·token / τ, Q = softmax over tokens of
-    `word_queries`·token / τ, tokens normalised here. tokens (B_v, T, N, C), words (T, M, C)
-    normalised, the queries (T, M, C) two projections of them, word_mask (T, M). Source: improved
-    LAPS, SPEC 10.
+    A = leaky_relu(cosines). P = softmax over words of `token_queries` / τ, Q = softmax over tokens
+    of `word_queries` / τ: products of normalised tokens with two projections of the words, shaped
+    as the cosines (B_v, T, N, M). word_mask (T, M). Source: improved LAPS, SPEC 10.
     """
-    affinity = pair_affinity(tokens, words)  # (B_v, T, N, M)
+    affinity = leaky_relu(cosines, NEGATIVE_SLOPE)
     real = word_mask[None, :, None]  # (1, T, 1, M)
-    over_words = _pair_products(tokens, token_queries) / temperature
-    over_words = over_words.masked_fill(~real, -math.inf).softmax(3)
-    over_tokens = (_pair_products(tokens, word_queries) / temperature).softmax(2)
+    over_words = (token_queries / temperature).masked_fill(~real, -math.inf).softmax(3)
+    over_tokens = (word_queries / temperature).softmax(2)
     for_tokens = (over_words * affinity).sum(3).mean(2)  # (B_v, T)
     for_words = (over_tokens * affinity).sum(2)  # (B_v, T, M)
     return for_tokens + masked_average(for_words, word_mask)
 
 
 def relevance_aware(
-    affinity: Tensor,
+    for_words: Tensor,
+    for_tokens: Tensor,
     token_mask: Tensor,
     word_mask: Tensor,
     word_relevance: Relevance,
     token_relevance: Relevance,
 ) -> Tensor:
-    """Return mean(max A) + R(top-k of max A), both directions added, (B_v, T). SEPS eq. 5."""
-    for_words, for_tokens = best_matches(affinity, token_mask, word_mask)
+    """Return mean(max A) + R(top-k of max A), both directions added, (B_v, T). SEPS eq. 5.
+
+    Arguments as in `mean_of_best`.
+    """
     return (
-        masked_average(for_words, word_mask)
+        mean_of_best(for_words, for_tokens, token_mask, word_mask)
         + word_relevance(for_words, word_mask)
-        + masked_average(for_tokens, token_mask)
         + token_relevance(for_tokens, token_mask)
     )
 
@@ -193,4 +187,5 @@ class DenseMatch(nn.Module):
         words = (dense["match_words"], captions["match_words"])
         cosines = torch.einsum("vnc,tmc->vtnm", *words)
         cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
-        return max_mean(cosines, dense["match_mask"][:, None], captions["match_mask"])
+        masks = dense["match_mask"][:, None], captions["match_mask"]
+        return mean_of_best(*best_matches(cosines, *masks), *masks)

@@ -83,6 +83,14 @@ class Tokens:
             self.fragments,
         )
 
+    def trimmed(self) -> Tokens:
+        """Return the tokens without the positions that are padding in every row."""
+        width = int(self.lengths.amax()) if len(self) else 0
+        if width == self.local.shape[1]:
+            return self
+        local, mask = self.local[:, :width], self.mask[:, :width]
+        return Tokens(local, mask, self.cls, self.dense, self.fragments)
+
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
         """Return the rows of all parts in order, padded to the longest part."""

@@ -34,6 +34,7 @@ WITHOUT_EFFECT = {
     "rank",
     "resume",
     "save_step",
+    "shard_size",
     "workers",
 }
 

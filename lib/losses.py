@@ -35,6 +35,20 @@ def hinge_triplet(
     return per_image.sum() + per_caption.sum()
 
 
+def hardest_pairs(similarity: Tensor, negatives: Tensor, margin: float) -> Tensor:
+    """Return the pairs that the gradient of `hinge_triplet(hardest=True)` reaches, bool (B, B).
+
+    The diagonal, and each row's and column's hardest negatives (all of equal ones) where they
+    violate the margin. Arguments as in `hinge_triplet`.
+    """
+    read = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    positive = similarity.diagonal()
+    for dim, own in ((1, positive[:, None]), (0, positive[None, :])):
+        hinge = (margin + similarity - own).masked_fill(~negatives, -math.inf)
+        read |= (hinge == hinge.amax(dim, keepdim=True)) & (hinge >= 0)
+    return read
+
+
 def distance_weights(similarity: Tensor, negatives: Tensor, cutoff: float) -> Tensor:
     """Return each row's sampling weights over its negatives, (B, B) >= 0, rows sum to 1 or to 0.
 
@@ -131,6 +145,15 @@ class AlignmentLoss(nn.Module):
         """Return the loss that the arguments describe."""
         cutoff = 1.9 if getattr(args, "dataset", "f30k") == "coco" else 1.7
         return cls(args.loss, args.margin, cutoff, getattr(args, "seed", 0))
+
+    @property
+    def reads_few_pairs(self) -> bool:
+        """Return True where gradient reaches no more than `pairs_read`, a few pairs a row."""
+        return self.loss == "vse" and self.hard_negatives
+
+    def pairs_read(self, similarity: Tensor, image_ids: Tensor) -> Tensor:
+        """Return which entries of the matrix the loss gives gradient, bool (B, B)."""
+        return hardest_pairs(similarity.float(), negatives_mask(image_ids), self.margin)
 
     def forward(self, similarity: Tensor, image_ids: Tensor) -> Tensor:
         if similarity.dtype in (torch.float16, torch.bfloat16):

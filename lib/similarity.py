@@ -83,7 +83,9 @@ def similarity_matrix(
     rows = []
     for part in images:
         with autocast():
-            columns = [model.similarity(part, group).float().cpu() for group in groups]
+            prepared = model.prepare_images(part)  # once an image
+            maps = (model.prepared_maps(prepared, group) for group in groups)
+            columns = [one["similarity"].float().cpu() for one in maps]
         rows.append(torch.cat(columns, dim=1))
         progress(len(part) * rows[-1].shape[1])
     mine = torch.cat(rows)

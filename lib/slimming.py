@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-LARGEST_EXPONENT = 30.0  # exp() of a dropped patch's logit above the kept ones, soft decisions only
+from lib.gram import PairTokens, PatchSums, gram_matrix, unit
+
+LARGEST_EXPONENT = 30.0  # of a logit above the kept ones
 
 
 def full_precision(function):
@@ -118,20 +120,37 @@ def invert(decision: Tensor) -> Tensor:
     return ~decision if decision.dtype == torch.bool else 1 - decision
 
 
-def fuse_dropped(patches: Tensor, scores: Tensor, decision: Tensor) -> Tensor:
-    """Return Σ over dropped patches of softmax(score)·patch: (B, L, C), (B, …, L) -> (B, …, C)."""
-    weights = selected_softmax(scores, invert(decision))
-    return torch.einsum("b...l,blc->b...c", weights.to(patches.dtype), patches)
+def peak_weights(logits: Tensor) -> Tensor | None:
+    """Return exp(logits − their maximum), (B_v, N_c, L): masked and divided by its sum, a softmax.
 
-
-def aggregate(patches: Tensor, logits: Tensor, decision: Tensor) -> Tensor:
-    """Return N_c weighted sums of each image's kept patches for each caption.
-
-    patches (B_v, L, C), logits (B_v, N_c, L), decision (B_v, T, L) -> (B_v, T, N_c, C).
+    Computed once an image, where a softmax over the kept patches is a matter of each pair. None
+    where logits of one token lie further apart than `LARGEST_EXPONENT`: there the kept patches of a
+    pair might all vanish beside one that is dropped, and `selected_softmax` must serve.
     """
-    weights = selected_softmax(logits[:, None], decision[:, :, None])  # (B_v, T, N_c, L)
-    flat = weights.flatten(1, 2).to(patches.dtype)  # (B_v, T·N_c, L)
-    return (flat @ patches).unflatten(1, weights.shape[1:3])
+    low, high = logits.detach().aminmax(dim=-1, keepdim=True)
+    if not bool((high - low).amax() < LARGEST_EXPONENT):
+        return None
+    return (logits - high).exp()
+
+
+def selected_sums(logits: Tensor, peaks: Tensor | None, decision: Tensor) -> PatchSums:
+    """Return N_c sums of each image's kept patches for each caption, weighted by a softmax.
+
+    logits and peaks (B_v, N_c, L), of `AggregationHead` and `peak_weights`; decision (B_v, T, L),
+    bool or float in {0, 1}.
+    """
+    if peaks is None:
+        return PatchSums(selected_softmax(logits[:, None], decision[:, :, None]))
+    kept = decision.to(peaks.dtype)
+    mass = kept @ peaks.transpose(1, 2)  # (B_v, T, N_c)
+    return PatchSums(
+        peaks[:, None] * kept[:, :, None], mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    )
+
+
+def dropped_sum(scores: Tensor, decision: Tensor) -> PatchSums:
+    """Return the fused token, Σ over dropped patches of softmax(score)·patch: (B_v, T, L) both."""
+    return PatchSums(selected_softmax(scores, invert(decision))[:, :, None])
 
 
 class AggregationHead(nn.Module):
@@ -150,6 +169,16 @@ class AggregationHead(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return (self.weight(patches) * self.scale).transpose(1, 2)
+
+
+def aggregation(head: AggregationHead, patches: Tensor) -> dict[str, Tensor]:
+    """Return what `selected_sums` and `PairTokens` need of images: (B_v, L, C) -> a dictionary.
+
+    `logits` (B_v, N_c, L); `peaks` and `gram` where they serve.
+    """
+    logits = head(patches)
+    optional = {"peaks": peak_weights(logits), "gram": gram_matrix(patches, logits.shape[1])}
+    return {"logits": logits} | {key: one for key, one in optional.items() if one is not None}
 
 
 class PatchScore(nn.Module):
@@ -243,29 +272,30 @@ class LapsNetwork(nn.Module):
         """
         with torch.no_grad():
             own = own_scores(patches, patches.mean(1) if embeddings is None else embeddings)
-        prepared = {"patches": patches, "own": own, "logits": self.head(patches)}
+        prepared = {"patches": patches, "own": own} | aggregation(self.head, patches)
         if cls is not None:
-            prepared["cls"] = cls
+            prepared["cls"] = unit(cls)
         return prepared
 
-    def select(self, images: dict[str, Tensor], embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each pair's patch scores and which patches stay, both (B_v, T, L), no gradient.
+    @torch.no_grad()
+    def scores(self, images: dict[str, Tensor], embeddings: Tensor) -> Tensor:
+        """Return each pair's patch scores, (B_v, T, L), no gradient.
 
         `embeddings` (T, C) are the texts' global ones.
         """
-        with torch.no_grad():
-            scores = images["own"][:, None] + global_scores(images["patches"], embeddings)
-            return scores, top_k_mask(scores, self.kept)
+        return images["own"][:, None] + global_scores(images["patches"], embeddings)
 
-    def tokens(self, images: dict[str, Tensor], embeddings: Tensor) -> Tensor:
-        """Return [v_cls; aggregated; fused] of every pair, (B_v, T, N, C)."""
-        patches = images["patches"]
+    def select(self, images: dict[str, Tensor], embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `scores` and which patches stay, bool (B_v, T, L)."""
+        scores = self.scores(images, embeddings)
+        return scores, top_k_mask(scores, self.kept)
+
+    def tokens(self, images: dict[str, Tensor], embeddings: Tensor) -> PairTokens:
+        """Return [aggregated; fused; v_cls] of every pair."""
         scores, decision = self.select(images, embeddings)
-        local = aggregate(patches, images["logits"], decision)  # (B_v, T, N_c, C)
-        parts = [local, fuse_dropped(patches, scores, decision)[:, :, None]]
-        if "cls" in images:
-            parts.insert(0, images["cls"][:, None].expand(-1, local.shape[1], -1, -1))
-        return torch.cat([part.to(local.dtype) for part in parts], 2)
+        local = selected_sums(images["logits"], images.get("peaks"), decision)
+        sums = [local, dropped_sum(scores, decision)]
+        return PairTokens(images["patches"], sums, images.get("cls"), images.get("gram"))
 
     @property
     def kept_share(self) -> float:

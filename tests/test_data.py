@@ -27,6 +27,7 @@ from data import (
     train_loader,
 )
 from lib.errors import InputError
+from lib.images import crop_box
 from vocab import WordTokenizer, learn_vocabulary
 
 
@@ -91,7 +92,7 @@ def test_grey_and_narrow_images_are_read(tmp_path):
 
 def test_crop_boxes_keep_scale_ratio_and_place():
     rng = np.random.default_rng(0)
-    boxes = np.array([data._crop_box(300, 400, rng) for _ in range(2000)])
+    boxes = np.array([crop_box(300, 400, rng) for _ in range(2000)])
     top, left, height, width = boxes.T
     area, ratio = height * width / 120000, width / height
     assert area.min() > 0.59

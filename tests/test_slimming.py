@@ -9,20 +9,21 @@ from hypothesis import strategies as st
 
 from lib.alignment import (
     Relevance,
+    best_affinities,
     best_matches,
     largest,
     masked_average,
-    max_mean,
-    pair_affinity,
+    mean_of_best,
 )
 from lib.slimming import (
-    aggregate,
     aggregated_count,
-    fuse_dropped,
+    dropped_sum,
     global_scores,
     kept_count,
     min_max,
+    peak_weights,
     selected_softmax,
+    selected_sums,
     top_k_mask,
 )
 
@@ -76,13 +77,15 @@ def test_a_row_that_keeps_nothing_gives_zeros_and_finite_gradients(soft):
     assert torch.isfinite(logits.grad).all()
 
 
-def test_aggregate_and_fuse_equal_loops():
+def test_sums_of_kept_and_dropped_patches_equal_loops():
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
     logits = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
     scores = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
     decision = top_k_mask(scores, 3)
-    tokens, fused = aggregate(patches, logits, decision), fuse_dropped(patches, scores, decision)
+    local = selected_sums(logits, peak_weights(logits), decision)
+    tokens = local.scaled(local.weights @ patches[:, None])
+    fused = (dropped_sum(scores, decision).weights @ patches[:, None])[:, :, 0]
     for v in range(2):
         for t in range(5):
             kept = decision[v, t]
@@ -102,14 +105,17 @@ def test_scores_stay_in_float32_under_autocast():
     assert torch.equal(plain, mixed)
 
 
-def test_max_mean_equals_the_loop():
+def test_mean_of_best_equals_the_loop():
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randn(2, 3, 5, 4, generator=generator)  # of any length: cosines are meant
+    tokens = torch.randn(2, 3, 5, 4, generator=generator)
     words = torch.randn(3, 6, 4, generator=generator)
     word_mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] + [0] * 5]).bool()
     token_mask = torch.ones(2, 3, 5, dtype=torch.bool)
     token_mask[1, 2, 3:] = False
-    found = max_mean(pair_affinity(tokens, words), token_mask, word_mask)
+    normal = tokens / tokens.norm(dim=-1, keepdim=True)
+    cosines = torch.einsum("vtnc,tmc->vtnm", normal, words)
+    best = best_affinities(cosines, token_mask, word_mask)
+    found = mean_of_best(*best, token_mask, word_mask)
     for v in range(2):
         for t in range(3):
             real = tokens[v, t][token_mask[v, t]]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.alignment import max_mean, pair_affinity
+from lib import kernels
+from lib.alignment import best_affinities, mean_of_best
 from lib.batch import Batch, Tokens
-from lib.distributed import gather_rows, gather_tokens
+from lib.distributed import gather_rows, gather_sizes, gather_tokens, rank
 from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
 from lib.losses import AlignmentLoss, ratio_loss
 from lib.slimming import LapsNetwork, summarise_text
 
 Prepared = dict[str, Tensor]
+FEWEST_IN_BUCKET = 8  # captions of like length that are worth a call of their own
+EVALUATED_CAPTIONS = 8  # times shard_size captions a chunk without gradient, fewer images
+PAIRS_AT_ONCE = 1024  # scored one by one, each with its own copy of the image's patches
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +63,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shard_size",
         type=int,
-        default=64,
-        help="the similarity works on at most shard_size x shard_size pairs at once",
+        default=32,
+        help="the similarity works on at most shard_size x shard_size pairs at once; more of them "
+        "are computed again in the backward pass",
     )
     group.add_argument("--gradient_checkpointing", type=int, default=0, help="backbones recompute")
 
@@ -118,12 +125,14 @@ class Method(nn.Module):
     A subclass writes `score` for one chunk of pairs; `similarity` cuts all pairs into chunks of at
     most `shard_size` x `shard_size`, recomputing each in the backward pass so that memory is that
     of one chunk. What depends on the image or caption alone goes into `prepare_images` and
-    `prepare_texts`, done once.
+    `prepare_texts`, done once. `scores_repeat` is False where scoring a pair again would give
+    another number, or is so cheap that `loss_maps` need not choose pairs.
     """
 
     name: ClassVar[str]
     uses_pixels: ClassVar[bool] = True
     dense_gradient: bool = True  # False where the dense text only chooses: its graph is spared
+    scores_repeat: bool = True
     accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
 
     def __init__(
@@ -131,7 +140,7 @@ class Method(nn.Module):
         image_encoder: ImageEncoder | nn.Module | None,
         text_encoder: TextEncoder | nn.Module,
         criterion: AlignmentLoss,
-        shard_size: int = 64,
+        shard_size: int = 32,
         dense_owner: str | None = None,
     ) -> None:
         super().__init__()
@@ -224,11 +233,7 @@ class Method(nn.Module):
             )
         if self.dense_gradient:
             return self.text_encoder(ids, lengths)
-        # autocast would keep its half-precision weights, cast here without a graph, for the
-        # captions' pass, which needs one: no caching
-        device = ids.device.type
-        mixed = torch.is_autocast_enabled(device)
-        with torch.no_grad(), torch.autocast(device, enabled=mixed, cache_enabled=False):
+        with _without_graph(ids.device):
             return self.text_encoder(ids, lengths)
 
     # --- similarity ----------------------------------------------------------------------------
@@ -246,19 +251,50 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def pair_maps(self, images: Tokens, texts: Tokens) -> dict[str, Tensor]:
-        """Return every map that `score` makes over all pairs, each (B_v, B_t), chunk by chunk."""
-        prepared_images = self.prepare_images(images)
-        prepared_texts = self.prepare_texts(texts)
-        image_parts = _chunks(prepared_images, self.shard_size)
-        text_parts = _chunks(prepared_texts, self.shard_size)
-        single = len(image_parts) == len(text_parts) == 1
-        score = self.score if single or not torch.is_grad_enabled() else self._score_again
-        rows: dict[str, list[Tensor]] = {}
-        for image_part in image_parts:
-            columns = [score(image_part, text_part) for text_part in text_parts]
-            for key in columns[0]:
-                rows.setdefault(key, []).append(torch.cat([one[key] for one in columns], dim=1))
-        return {key: torch.cat(parts) for key, parts in rows.items()}
+        """Return every map that `score` makes over all pairs, each (B_v, B_t)."""
+        return self.prepared_maps(self.prepare_images(images), texts)
+
+    def prepared_maps(self, images: Prepared, texts: Tokens) -> dict[str, Tensor]:
+        """Return `pair_maps` of prepared images.
+
+        Chunks hold captions of about one length, so that no padding is multiplied, and at most
+        shard_size² pairs; with more pairs than that, the backward pass computes each chunk again.
+        """
+        count = len(next(iter(images.values())))
+        most = self.shard_size**2
+        again = torch.is_grad_enabled() and count * len(texts) > most
+        score = self._score_again if again else self.score
+        columns, order = [], []
+        longest = (
+            self.shard_size if torch.is_grad_enabled() else EVALUATED_CAPTIONS * self.shard_size
+        )
+        for rows in length_buckets(texts.lengths.tolist(), min(longest, most)):
+            alike = texts[rows] if len(rows) < len(texts) else texts
+            part = self.prepare_texts(alike.trimmed())
+            chunks = _chunks(images, max(1, most // len(rows)))
+            columns.append(_stacked([score(chunk, part) for chunk in chunks], 0))
+            order += rows if alike is not texts else range(len(texts))
+        maps = _stacked(columns, 1)
+        if order == sorted(order):
+            return maps
+        places = torch.tensor(order, device=texts.local.device).argsort()
+        return {key: value[:, places] for key, value in maps.items()}
+
+    def pair_scores(self, images: Prepared, texts: Tokens, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the similarity of the pairs (rows[p], columns[p]) alone, (P,)."""
+        prepared = self.prepare_texts(texts)
+
+        def one_pair(image: Prepared, text: Prepared) -> Tensor:
+            pair = ({key: value[None] for key, value in one.items()} for one in (image, text))
+            return self.score(*pair)["similarity"][0, 0]
+
+        def scores(rows: Tensor, columns: Tensor) -> Tensor:
+            return torch.vmap(one_pair)(_rows_of(images, rows), _rows_of(prepared, columns))
+
+        parts = list(zip(rows.split(PAIRS_AT_ONCE), columns.split(PAIRS_AT_ONCE), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([scores(*part) for part in parts])
+        return torch.cat([checkpoint(scores, *part, use_reentrant=False) for part in parts])
 
     def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor | None:
         """Return which patches each pair keeps, bool (B_v, B_t, L); None where all take part."""
@@ -305,9 +341,33 @@ class Method(nn.Module):
 
         `image_ids` (B_t,) says which image each caption, and so each global row, belongs to.
         """
-        maps = self.pair_maps(images, texts)
-        alignment = self.criterion(self.gather(maps["similarity"]), image_ids)
+        alignment = self.criterion(
+            self.loss_maps(images, texts, image_ids)["similarity"], image_ids
+        )
         return {"loss": alignment, "alignment": alignment.detach()}
+
+    def loss_maps(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
+        """Return `pair_maps` of the global batch, each (B, B), for this rank's `images`.
+
+        Where the loss reads only the hardest negatives, all pairs are scored without a graph, and
+        the similarities that take part in the loss once more with one: at most three a pair.
+        """
+        if not (self.criterion.reads_few_pairs and self.scores_repeat and torch.is_grad_enabled()):
+            maps = self.pair_maps(images, texts)
+            return {key: self.gather(value) for key, value in maps.items()}
+        prepared = self.prepare_images(images)
+        with _without_graph(texts.local.device):
+            maps = self.prepared_maps(prepared, texts)
+            maps = {key: self.gather(value) for key, value in maps.items()}
+        pairs = self.criterion.pairs_read(maps["similarity"], image_ids)  # (B, B)
+        first = sum(gather_sizes(len(images), texts.local.device)[: rank()])
+        rows, columns = pairs[first : first + len(images)].nonzero(as_tuple=True)
+        scores = self.pair_scores(prepared, texts, rows, columns)
+        # the values of the first pass, so that the loss picks the pairs that were picked here
+        gradient = scores.new_zeros(len(images), len(texts))
+        gradient = gradient.index_put((rows, columns), scores - scores.detach())
+        maps["similarity"] = maps["similarity"] + self.gather(gradient)
+        return maps
 
 
 class LapsFamily(Method):
@@ -325,7 +385,7 @@ class LapsFamily(Method):
         criterion: AlignmentLoss,
         *,
         embed_size: int,
-        shard_size: int = 64,
+        shard_size: int = 32,
         sparse_ratio: float = 0.5,
         aggr_ratio: float = 0.4,
         ratio_weight: float = 2.0,
@@ -368,10 +428,23 @@ class LapsFamily(Method):
         return summarise_text(texts.local, texts.mask)
 
     def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        tokens = self.network.tokens(images, texts["global"])  # (B_v, T, N, C)
-        affinity = pair_affinity(tokens, texts["words"])  # (B_v, T, N, M)
-        every = texts["word_mask"].new_ones(1)
-        return {"similarity": max_mean(affinity, every, texts["word_mask"])}
+        masks = texts["word_mask"].new_ones(1), texts["word_mask"]  # every token is real
+        return {"similarity": mean_of_best(*self._best(images, texts, *masks), *masks)}
+
+    def _best(
+        self, images: Prepared, texts: Prepared, token_mask: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return each word's best token and each token's best word, (B_v, T, M) and (B_v, T, N)."""
+        patches, words = images["patches"], texts["words"]
+        if not kernels.serves(patches):
+            cosines = self.network.tokens(images, texts["global"]).products(words)
+            return best_affinities(cosines, token_mask, word_mask)
+        scores = self.network.scores(images, texts["global"])
+        fixed = images.get("cls", patches[:, :0])
+        real = fixed.new_ones(fixed.shape[:2], dtype=torch.bool)
+        return kernels.fused_matches(
+            scores, images["logits"], patches, words, word_mask, fixed, real, self.network.kept
+        )
 
     def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
         embeddings = self.prepare_texts(texts)["global"]
@@ -382,6 +455,42 @@ class LapsFamily(Method):
         share = losses["loss"].new_tensor(self.network.kept_share)
         ratio = ratio_loss(share, None, self.network.sparse_ratio, *self.ratio_lambdas)
         return {**losses, "loss": losses["loss"] + self.ratio_weight * ratio, "ratio": ratio}
+
+
+def length_buckets(lengths: list[int], most: int) -> list[list[int]]:
+    """Return the indices of captions in buckets of similar lengths, shortest first, ties in order.
+
+    A bucket holds at most `most` captions, and from `FEWEST_IN_BUCKET` on only lengths within an
+    eighth of its shortest; all together in order where lengths are equal.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    buckets: list[list[int]] = []
+    for index in order:
+        current = buckets[-1] if buckets else []
+        longer = bool(current) and lengths[index] > 1.125 * lengths[current[0]]
+        if not current or len(current) == most or (longer and len(current) >= FEWEST_IN_BUCKET):
+            buckets.append([index])
+        else:
+            current.append(index)
+    return buckets
+
+
+@contextmanager
+def _without_graph(device: torch.device) -> Iterator[None]:
+    """Switch gradient off; autocast must not keep weights for later that it casts meanwhile."""
+    mixed = torch.is_autocast_enabled(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=mixed, cache_enabled=False):
+        yield
+
+
+def _rows_of(prepared: Prepared, rows: Tensor) -> Prepared:
+    return {key: value[rows] for key, value in prepared.items()}
+
+
+def _stacked(parts: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return {key: torch.cat([part[key] for part in parts], dim) for key in parts[0]}
 
 
 def _chunks(prepared: Prepared, size: int) -> list[Prepared]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.alignment import attention_mean, pair_affinity, threshold_mean
+from lib.alignment import attention_mean, threshold_mean
 from lib.batch import Tokens
 from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
@@ -135,10 +135,11 @@ class ImprovedLAPS(LapsFamily):
         if self.similarity_kind == "max":
             return super().score(images, texts)
         words, mask = texts["words"], texts["word_mask"]
-        tokens = self.network.tokens(images, texts["global"])  # (B_v, T, N, C)
+        tokens = self.network.tokens(images, texts["global"])
         if self.similarity_kind == "attn":
-            queries = texts["i2t"], texts["t2i"]
-            return {"similarity": attention_mean(tokens, words, mask, *queries, self.temperature)}
-        affinity = pair_affinity(tokens, words)
+            queries = tokens.products(texts["i2t"]), tokens.products(texts["t2i"])
+            similarity = attention_mean(tokens.products(words), mask, *queries, self.temperature)
+            return {"similarity": similarity}
         every = mask.new_ones(1)
-        return {"similarity": threshold_mean(affinity, every, mask, self.score_threshold)}
+        cosines = tokens.products(words)
+        return {"similarity": threshold_mean(cosines, every, mask, self.score_threshold)}

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.alignment import DenseMatch, Relevance, pair_affinity, relevance_aware
+from lib import kernels
+from lib.alignment import DenseMatch, Relevance, best_affinities, relevance_aware
 from lib.batch import Tokens
 from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
+from lib.gram import PairTokens, PatchSums, unit
 from lib.losses import AlignmentLoss, ratio_loss
 from lib.methods.base import Method, Prepared, check_slimming
 from lib.methods.registry import register_method
 from lib.slimming import (
     AggregationHead,
     PatchScore,
-    aggregate,
     aggregated_count,
-    fuse_dropped,
+    aggregation,
+    dropped_sum,
     global_scores,
     gumbel_decision,
     kept_count,
     masked_mean,
     min_max,
     own_scores,
+    selected_softmax,
+    selected_sums,
     top_k_mask,
 )
 
@@ -51,7 +56,7 @@ class SEPS(Method):
         criterion: AlignmentLoss,
         *,
         embed_size: int,
-        shard_size: int = 64,
+        shard_size: int = 32,
         sparse_ratio: float = 0.5,
         aggr_ratio: float = 0.4,
         attention_weight: float = 0.8,
@@ -141,6 +146,10 @@ class SEPS(Method):
     def may_leave_unused(self) -> bool:
         return self.detach_patches or self.kept == self.image_encoder.num_patches
 
+    @property
+    def scores_repeat(self) -> bool:
+        return self.selection != "gumbel" or not self.training
+
     # --- once an image, once a caption ---------------------------------------------------------
 
     def prepare_images(self, images: Tokens) -> Prepared:
@@ -149,17 +158,16 @@ class SEPS(Method):
             s_im = min_max(own_scores(patches, masked_mean(patches, images.mask)))
         # the part of eq. 3 that no text changes, for both branches
         base = (1 - 2 * self.beta) * self.patch_score(patches) + self.beta * s_im  # (B_v, L)
-        prepared = {
-            "patches": patches,
-            "base": base,
-            "sparse_logits": self.sparse_head(patches),  # (B_v, N_c, L)
-        }
-        if images.cls is not None:
-            prepared["cls"] = images.cls
+        prepared = {"patches": patches, "base": base} | aggregation(self.sparse_head, patches)
+        fixed = [] if images.cls is None else [unit(images.cls)]
         if self.guide == "caption":
-            prepared["dense_logits"] = self.dense_head(patches)
+            dense = aggregation(self.dense_head, patches)
+            prepared |= {f"dense_{key}": dense[key] for key in ("logits", "peaks") if key in dense}
         if self.guide == "image":
-            prepared.update(self._image_dense(patches, base, images.dense))
+            prepared |= self._image_dense(patches, base, images.dense)
+            fixed.append(unit(prepared.pop("dense_fused")))
+        if fixed:
+            prepared["fixed"] = torch.cat([one.to(fixed[0].dtype) for one in fixed], 1)
         if self.dense_match is not None:
             prepared.update(self.dense_match.prepare(images.dense))
         return prepared
@@ -170,9 +178,10 @@ class SEPS(Method):
             s_dt = min_max(own_scores(patches, masked_mean(dense.local, dense.mask)))
         significance = (base + self.beta * s_dt)[:, None]  # (B_v, 1, L)
         decision = self._decide(significance)
+        fused = dropped_sum(significance, decision).weights[:, 0]  # (B_v, 1, L)
         return {
-            "dense_tokens": aggregate(patches, self.dense_head(patches), decision)[:, 0],
-            "dense_fused": fuse_dropped(patches, significance, decision),  # (B_v, 1, C)
+            "dense_weights": selected_softmax(self.dense_head(patches), decision),  # (B_v, N_c, L)
+            "dense_fused": fused.to(patches.dtype) @ patches,  # (B_v, 1, C)
             "dense_kept": decision.to(base.dtype).mean(-1),  # (B_v, 1)
             "dense_drops": _drops_any(decision),  # (B_v, 1)
         }
@@ -192,59 +201,99 @@ class SEPS(Method):
     # --- every pair ----------------------------------------------------------------------------
 
     def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        patches = images["patches"]
-        shape = (len(patches), len(texts["words"]))
-        sparse = self._branch(images, texts["global"], images["sparse_logits"])
-        maps = {"kept_sparse": sparse["kept"]}
-        if self.guide == "image":
-            dense = {
-                "tokens": images["dense_tokens"][:, None],
-                "fused": images["dense_fused"][:, None],
-                "drops": images["dense_drops"].expand(shape),
-            }
-            maps["kept_dense"] = images["dense_kept"].expand(shape)
-        elif self.guide == "caption":
-            dense = self._branch(images, texts["dense_global"], images["dense_logits"])
-            maps["kept_dense"] = dense["kept"]
-        else:
-            dense = None
-        affinity, mask = self._affinity(images, texts["words"], sparse, dense)
+        best, token_mask, maps = self._matches(images, texts)
         maps["similarity"] = relevance_aware(
-            affinity, mask, texts["word_mask"], self.word_relevance, self.token_relevance
+            *best, token_mask, texts["word_mask"], self.word_relevance, self.token_relevance
         )
         if self.dense_match is not None:
             maps["similarity"] = maps["similarity"] + self.dense_match(images, texts)
         return maps
 
-    def _branch(self, images: Prepared, embeddings: Tensor, logits: Tensor) -> Prepared:
-        """Return one branch for every pair: aggregated tokens, fused token, kept share."""
-        with torch.no_grad():
-            attention = min_max(global_scores(images["patches"], embeddings))  # (B_v, T, L)
-        significance = images["base"][:, None] + self.beta * attention
-        decision = self._decide(significance)
-        return {
-            "tokens": aggregate(images["patches"], logits, decision),  # (B_v, T, N_c, C)
-            "fused": fuse_dropped(images["patches"], significance, decision)[:, :, None],
-            "kept": decision.to(significance.dtype).mean(-1),  # (B_v, T)
-            "drops": _drops_any(decision),  # (B_v, T)
-        }
+    def _matches(
+        self, images: Prepared, texts: Prepared
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, dict[str, Tensor]]:
+        """Return `best_affinities` of all pairs, the tokens' mask (B_v, T, N), the kept shares."""
+        shape = (len(images["patches"]), len(texts["words"]))
+        maps = {}
+        if self.guide == "image":
+            maps["kept_dense"] = images["dense_kept"].expand(shape)
+        if self._is_fused(images["patches"]):
+            maps["kept_sparse"] = images["base"].new_full(shape, self.kept_share)
+            return *self._fused_matches(images, texts), maps
+        sparse = self._branch(images, texts["global"], "")
+        maps["kept_sparse"] = sparse.kept
+        sums, masks = [sparse.local, sparse.dropped], [sparse.drops[..., None]]
+        if self.guide == "image":
+            sums[0] = _with_weights(sparse.local, images["dense_weights"][:, None])
+        elif self.guide == "caption":
+            dense = self._branch(images, texts["dense_global"], "dense_")
+            maps["kept_dense"] = dense.kept
+            sums[0] = _with_weights(sparse.local, _with_weights(dense.local, 0).weights)
+            sums.append(dense.dropped)
+            masks.append(dense.drops[..., None])
+        masks.insert(0, sparse.drops.new_ones(*shape, sums[0].weights.shape[2]))
+        if "fixed" in images:
+            masks.append(self._fixed_mask(images)[:, None].expand(*shape, -1))
+        tokens = PairTokens(images["patches"], sums, images.get("fixed"), images.get("gram"))
+        token_mask = torch.cat(masks, 2)
+        cosines = tokens.products(texts["words"])
+        return best_affinities(cosines, token_mask, texts["word_mask"]), token_mask, maps
 
-    def _affinity(
-        self, images: Prepared, words: Tensor, sparse: Prepared, dense: Prepared | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return A of [v_cls; aggregated; fused] with the words, (B_v, T, N, M), and N's mask."""
-        local = sparse["tokens"] if dense is None else sparse["tokens"] + dense["tokens"]
-        parts, masks = [local], [sparse["drops"].new_ones(local.shape[:3])]
-        if "cls" in images:
-            parts.append(images["cls"][:, None])  # no caption changes it
-            masks.append(masks[0][:, :, :1])
-        for branch in (sparse, dense):
-            if branch is not None:
-                parts.append(branch["fused"])
-                masks.append(branch["drops"][..., None])
-        # one product a part: joining the small affinities is cheaper than joining the tokens
-        affinity = torch.cat([pair_affinity(part, words) for part in parts], 2)
-        return affinity, torch.cat(masks, 2)
+    def _is_fused(self, patches: Tensor) -> bool:
+        """Return whether the kernel scores these patches: without gradient, noise or oracle."""
+        return self.guide != "caption" and self.scores_repeat and kernels.serves(patches)
+
+    def _fused_matches(
+        self, images: Prepared, texts: Prepared
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        patches, logits = images["patches"], images["logits"]
+        added = None if self.guide is None else images["dense_weights"].to(patches.dtype) @ patches
+        best = kernels.fused_matches(
+            self._significance(images, texts["global"]),
+            logits,
+            patches,
+            texts["words"],
+            texts["word_mask"],
+            images.get("fixed", patches[:, :0]),
+            self._fixed_mask(images),
+            self.kept,
+            added=added,
+            fused_counts=False,
+        )
+        drops = self.kept < patches.shape[1]
+        mask = kernels.token_mask(self._fixed_mask(images), logits.shape[1], drops)
+        return best, mask
+
+    def _significance(self, images: Prepared, embeddings: Tensor) -> Tensor:
+        """Return eq. 3 of every pair under texts' global embeddings (T, C), (B_v, T, L)."""
+        with torch.no_grad():
+            attention = min_max(global_scores(images["patches"], embeddings))
+        return images["base"][:, None] + self.beta * attention
+
+    def _branch(self, images: Prepared, embeddings: Tensor, prefix: str) -> Branch:
+        """Return one branch for every pair; `prefix` names its logits."""
+        significance = self._significance(images, embeddings)
+        decision = self._decide(significance)
+        logits, peaks = images[f"{prefix}logits"], images.get(f"{prefix}peaks")
+        return Branch(
+            local=selected_sums(logits, peaks, decision),
+            dropped=dropped_sum(significance, decision),
+            kept=decision.to(significance.dtype).mean(-1),
+            drops=_drops_any(decision),
+        )
+
+    def _fixed_mask(self, images: Prepared) -> Tensor:
+        """Return which of the tokens that no caption changes are real, (B_v, F)."""
+        patches = images["patches"]
+        mask = patches.new_ones(images.get("fixed", patches[:, :0]).shape[:2], dtype=torch.bool)
+        if self.guide == "image":
+            mask[:, -1:] = images["dense_drops"]
+        return mask
+
+    @property
+    def kept_share(self) -> float:
+        """Return the share of patches that top-k keeps, in (0, 1]."""
+        return self.kept / self.image_encoder.num_patches
 
     def _decide(self, significance: Tensor) -> Tensor:
         """Return which patches stay: bool (…, L), or straight-through float in Gumbel training."""
@@ -255,14 +304,13 @@ class SEPS(Method):
     def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
         """Return which patches each pair's sparse branch keeps, bool (B_v, B_t, L)."""
         prepared = self.prepare_images(images)
-        embeddings = self.prepare_texts(texts)["global"]
-        attention = min_max(global_scores(prepared["patches"], embeddings))
-        return top_k_mask(prepared["base"][:, None] + self.beta * attention, self.kept)
+        significance = self._significance(prepared, self.prepare_texts(texts)["global"])
+        return top_k_mask(significance, self.kept)
 
     # --- training ------------------------------------------------------------------------------
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
-        maps = {key: self.gather(value) for key, value in self.pair_maps(images, texts).items()}
+        maps = self.loss_maps(images, texts, image_ids)
         alignment = self.criterion(maps["similarity"], image_ids)
         ratio = ratio_loss(
             maps["kept_sparse"], maps.get("kept_dense"), self.sparse_ratio, *self.ratio_lambdas
@@ -276,6 +324,23 @@ class SEPS(Method):
         if "kept_dense" in maps:
             losses["kept_dense"] = maps["kept_dense"].detach().mean()
         return losses
+
+
+@dataclass
+class Branch:
+    """What one text chose: sums of kept and of dropped patches, the kept share, if any dropped."""
+
+    local: PatchSums  # N_c tokens
+    dropped: PatchSums  # the fused token
+    kept: Tensor  # (B_v, T) in [0, 1]
+    drops: Tensor  # (B_v, T) bool
+
+
+def _with_weights(sums: PatchSums, weights: Tensor | int) -> PatchSums:
+    """Return the sums with more weights on the same patches, (B_v, T or 1, N, L)."""
+    if sums.mass is None:
+        return PatchSums(sums.weights + weights)
+    return PatchSums(sums.weights / sums.mass[..., None] + weights)
 
 
 def _dense_owner(dense_side: str, dense_match: str) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lib.batch import Tokens, length_mask
 from lib.encoders import EncoderSource
 from lib.losses import AlignmentLoss
-from lib.methods.base import LapsFamily
+from lib.methods.base import LapsFamily, Prepared
 from lib.methods.registry import register_method
 
 
@@ -47,11 +47,15 @@ class SEPSReleased(LapsFamily):
         first, row = _first_equal(real).unique(return_inverse=True)
         return super()._encode_dense(owner, ids[first], lengths[first])[row]
 
-    def pair_maps(self, images: Tokens, texts: Tokens) -> dict[str, Tensor]:
-        captions = super().pair_maps(images, Tokens(texts.local, texts.mask))
+    def prepared_maps(self, images: Prepared, texts: Tokens) -> dict[str, Tensor]:
+        captions = super().prepared_maps(images, Tokens(texts.local, texts.mask))
         first, row = _first_equal_text(texts.dense).unique(return_inverse=True)
-        dense = super().pair_maps(images, texts.dense[first])
+        dense = super().prepared_maps(images, texts.dense[first])
         return {key: values + dense[key][:, row] for key, values in captions.items()}
+
+    def pair_scores(self, images: Prepared, texts: Tokens, rows: Tensor, columns: Tensor) -> Tensor:
+        captions = super().pair_scores(images, texts, rows, columns)
+        return captions + super().pair_scores(images, texts.dense, rows, columns)
 
 
 def _first_equal(keys: Tensor) -> Tensor:

@@ -28,13 +28,15 @@ class VSE(Method):
 
     accepts_regions = True
 
+    scores_repeat = False  # one product a pair
+
     def __init__(
         self,
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
         criterion: AlignmentLoss,
         *,
-        shard_size: int = 64,
+        shard_size: int = 32,
         pool: str = "gpo",
     ) -> None:
         super().__init__(image_encoder, text_encoder, criterion, shard_size)

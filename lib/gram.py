@@ -1,0 +1,144 @@
+"""Cosines between sums of patches and words, for every (image, caption) pair.
+
+A token of a pair is a weighted sum of the image's patches, and only its weights differ from caption
+to caption. Two exact forms of its cosine with a word, the cheaper one taken (docs/performance.md):
+
+- direct: add the patches up, multiply by the words, divide by the norm;
+- Gram: multiply patches by words, then add up those numbers; the norm of a sum follows from the
+  image's Gram matrix, |Σ w_l v_l|² = wᵀ(V Vᵀ)w. No sum is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+SMALLEST_NORM = 1e-12  # as torch's normalize
+TYPICAL_WORDS = 12  # of a caption, [CLS] and [SEP] included
+
+
+@dataclass
+class PatchSums:
+    """Tokens Σ_l weight_l · v_l / mass of every pair: weights (B_v, T, N, L), mass (B_v, T, N).
+
+    `mass` None stands for 1. T may be 1 where no caption changes the tokens.
+    """
+
+    weights: Tensor
+    mass: Tensor | None = None
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Return values (B_v, T, N, …) divided by the mass."""
+        if self.mass is None:
+            return values
+        return values / self.mass.reshape(*self.mass.shape, *[1] * (values.dim() - 3))
+
+
+class PairTokens:
+    """The tokens of every pair: sums of patches, and `fixed` ones that no caption changes.
+
+    patches (B_v, L, C); fixed (B_v, F, C) normalised, or None; gram (B_v, L, L) or None, which
+    leaves the direct form alone.
+    """
+
+    def __init__(
+        self,
+        patches: Tensor,
+        sums: Sequence[PatchSums],
+        fixed: Tensor | None = None,
+        gram: Tensor | None = None,
+    ) -> None:
+        self.patches = patches
+        self.sums = sums
+        self.fixed = patches[:, :0] if fixed is None else fixed
+        self.gram = gram
+
+    def products(self, words: Tensor) -> Tensor:
+        """Return products of the unit tokens with words, (B_v, T, N, M), in at least float32.
+
+        words (T, M, C), cosines where they are normalised. Tokens: the sums in order, then `fixed`.
+        """
+        tokens = sum(one.weights.shape[2] for one in self.sums)
+        if self.gram is not None and gram_pays(tokens, *self.patches.shape[1:], words.shape[1]):
+            return self._gram_form(words)
+        return self._direct_form(words)
+
+    def _gram_form(self, words: Tensor) -> Tensor:
+        rows = torch.cat([self.patches, self.fixed.to(self.patches.dtype)], 1)  # (B_v, L + F, C)
+        flat = words.flatten(0, 1).expand(len(rows), -1, -1)  # (B_v, T·M, C), not copied
+        products = torch.bmm(flat, rows.transpose(1, 2)).unflatten(1, words.shape[:2])
+        of_patches = products[..., : self.patches.shape[1]].transpose(2, 3)  # (B_v, T, L, M)
+        parts = [
+            _divided(one.scaled(one.weights @ of_patches), norms)
+            for one, norms in zip(self.sums, self._gram_norms, strict=True)
+        ]
+        return torch.cat([*parts, products[..., self.patches.shape[1] :].transpose(2, 3)], 2)
+
+    @cached_property
+    def _gram_norms(self) -> list[Tensor]:
+        """Norms of the sums, (B_v, T, N) each."""
+        norms = []
+        for one in self.sums:
+            turned = (one.weights.flatten(1, 2) @ self.gram).view_as(one.weights)
+            squares = (turned * one.weights).sum(-1)
+            if one.mass is not None:
+                squares = squares / one.mass.square()
+            norms.append(squares.clamp(min=SMALLEST_NORM**2).sqrt())
+        return norms
+
+    def _direct_form(self, words: Tensor) -> Tensor:
+        parts = []
+        for tokens, norms in self._built:
+            if tokens.shape[1] == 1:
+                products = torch.einsum("vnc,tmc->vtnm", tokens[:, 0], words)
+            else:
+                products = torch.einsum("vtnc,tmc->vtnm", tokens, words)
+            parts.append(_divided(products.to(norms.dtype), norms))
+        fixed = torch.einsum("vfc,tmc->vtfm", self.fixed.to(words.dtype), words)
+        return torch.cat([*parts, fixed.to(parts[0].dtype)], 2)
+
+    @cached_property
+    def _built(self) -> list[tuple[Tensor, Tensor]]:
+        """The sums themselves, (B_v, T, N, C), and their norms (B_v, T, N), at least float32."""
+        built = []
+        for one in self.sums:
+            flat = one.weights.flatten(1, 2).to(self.patches.dtype)  # (B_v, T·N, L)
+            tokens = one.scaled((flat @ self.patches).unflatten(1, one.weights.shape[1:3]))
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=wide)
+            built.append((tokens, norms.clamp(min=SMALLEST_NORM)))
+        return built
+
+
+def gram_pays(tokens: int, patches: int, width: int, words: int) -> bool:
+    """Return whether the Gram form multiplies fewer numbers a pair than the direct one."""
+    direct = tokens * patches * width + tokens * width * words
+    gram = patches * width * words + tokens * patches * patches + tokens * patches * words
+    return gram < direct
+
+
+def gram_matrix(patches: Tensor, tokens: int) -> Tensor | None:
+    """Return V Vᵀ of each image, (B_v, L, C) -> (B_v, L, L), for the Gram form; else None.
+
+    None where the form does not pay for captions, and in mixed precision: half precision would ruin
+    the norms, and its matrix units make the direct form the faster one.
+    """
+    if torch.is_autocast_enabled(patches.device.type):
+        return None
+    if not gram_pays(tokens, *patches.shape[1:], TYPICAL_WORDS):
+        return None
+    return patches @ patches.transpose(1, 2)
+
+
+def unit(tokens: Tensor) -> Tensor:
+    """Return tokens divided by their norms."""
+    return normalize(tokens, dim=-1, eps=SMALLEST_NORM)
+
+
+def _divided(products: Tensor, norms: Tensor) -> Tensor:
+    return products / norms[..., None]

@@ -1,0 +1,73 @@
+"""Measure against the field's way: python -m tools.benchmark similarity|step|evaluate|input."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch loads, as in train.py
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.comparison import write_json
+from lib.errors import InputError
+from tools.benchmark import evaluate, input, lengths, report, similarity, step
+from tools.benchmark.measure import torch_device
+
+COMMANDS = {
+    "similarity": similarity,
+    "step": step,
+    "evaluate": evaluate,
+    "input": input,
+    "lengths": lengths,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the JSON file; return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(argv)
+    try:
+        device = torch_device(args.device)
+        check_writable(args.json)
+        rows = COMMANDS[args.command].run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = {
+        **report.circumstances(device),
+        "command": f"python -m tools.benchmark {shlex.join(argv)}",
+        "rows": rows,
+    }
+    print(report.page(found))
+    if args.json:
+        write_json(Path(args.json), json.loads(json.dumps(found, default=str)))
+        print(f"written to {args.json}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser, a subcommand for each module."""
+    parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        told = module.__doc__.strip().splitlines()[0]
+        command = commands.add_parser(name, help=told, description=told)
+        command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+        command.add_argument("--json", default=None, metavar="F", help="also write the rows here")
+        module.add_arguments(command)
+    return parser
+
+
+def check_writable(path: str | None) -> None:
+    """Raise InputError where the JSON file could not be written, before anything is measured."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise InputError(f"--json {path}: give a file in a folder that exists")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
