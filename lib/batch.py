@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+FEWEST_IN_BUCKET = 8  # captions of like length that are worth a call of their own
+
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """Return the (B, width) bool mask that is True at the first `lengths[b]` positions of row b."""
@@ -115,3 +117,21 @@ class Tokens:
             dense=None if self.dense is None else self.dense._map(change),
             fragments=None if self.fragments is None else self.fragments._map(change),
         )
+
+
+def length_buckets(lengths: list[int], most: int) -> list[list[int]]:
+    """Return the indices of captions in buckets of similar lengths, shortest first, ties in order.
+
+    A bucket holds at most `most` captions, and from `FEWEST_IN_BUCKET` on only lengths within an
+    eighth of its shortest; all together in order where lengths are equal.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    buckets: list[list[int]] = []
+    for index in order:
+        current = buckets[-1] if buckets else []
+        longer = bool(current) and lengths[index] > 1.125 * lengths[current[0]]
+        if not current or len(current) == most or (longer and len(current) >= FEWEST_IN_BUCKET):
+            buckets.append([index])
+        else:
+            current.append(index)
+    return buckets

@@ -1,7 +1,7 @@
 """Patch slimming and max matching of every image-caption pair, fused for evaluation.
 
-`plain_matches` is what is computed, in PyTorch: oracle and fallback. `fused_matches` returns the
-same numbers through three Triton programs that never build an aggregated token. With P the patches
+`fused_matches` gives the numbers of lib/gram.py, which serves everywhere else, through three Triton
+programs that never build an aggregated token nor write what it is made of. With P the patches
 of an image, W the weights of its aggregated tokens under a caption, E its words, everything comes
 from two products that no choice of patches changes (Gram form, exact algebra):
 
@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
 from lib.alignment import NEGATIVE_SLOPE, best_matches
-from lib.slimming import selected_softmax, top_k_mask
 
 try:
     import triton
@@ -39,6 +38,7 @@ except ImportError:  # macOS, Windows and CPU wheels of torch come without it
     triton = None
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
+PAIRS = 2**16  # a call: scores of 50 MB at L = 196
 PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
 FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
 # A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.
@@ -65,41 +65,6 @@ def token_mask(fixed_mask: Tensor, aggregated: int, fused_takes_part: bool) -> T
     return torch.cat([mask, fixed_mask], 1)[:, None]
 
 
-def plain_matches(
-    scores: Tensor,
-    logits: Tensor,
-    patches: Tensor,
-    words: Tensor,
-    word_mask: Tensor,
-    fixed: Tensor,
-    fixed_mask: Tensor,
-    k: int,
-    added: Tensor | None = None,
-    fused_counts: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
-
-    scores (B_v, T, L) rank the patches, of which the `k` best are kept; logits (B_v, N_c, L) weigh
-    the kept ones, the scores the dropped ones; patches (B_v, L, C); words (T, M, C) normalised,
-    word_mask (T, M); fixed (B_v, F, C) are tokens that no caption changes, fixed_mask (B_v, F);
-    added (B_v, N_c, C) is added to the aggregated tokens before they are normalised. Where nothing
-    is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
-    leaves it out). Entries of masked words and tokens are meaningless. Affinities in [-1, 1].
-    Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
-    """
-    decision = top_k_mask(scores, k)
-    weights = selected_softmax(logits[:, None], decision[:, :, None])  # (B_v, T, N_c, L)
-    local = weights @ patches[:, None]  # (B_v, T, N_c, C)
-    if added is not None:
-        local = local + added[:, None]
-    fused = (selected_softmax(scores, ~decision) @ patches)[:, :, None]  # (B_v, T, 1, C)
-    same = fixed[:, None].expand(-1, local.shape[1], -1, -1)  # (B_v, T, F, C)
-    tokens = normalize(torch.cat([local, fused, same], 2), dim=-1)
-    affinity = leaky_relu(torch.einsum("vtnc,tmc->vtnm", tokens, words), NEGATIVE_SLOPE)
-    takes_part = fused_counts or k < scores.shape[-1]
-    return best_matches(affinity, token_mask(fixed_mask, local.shape[2], takes_part), word_mask)
-
-
 def fused_matches(
     scores: Tensor,
     logits: Tensor,
@@ -113,11 +78,18 @@ def fused_matches(
     fused_counts: bool = True,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """Return what `plain_matches` returns, float32, without gradient, also under autocast.
+    """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
 
-    Half-precision arguments are taken as float32. `precision` is that of the programs' products:
-    "ieee"; "tf32", faster and good to about three digits; "tf32x3", about six. Raises ValueError
-    for another one, where the programs can't run, and where a gradient would be lost.
+    scores (B_v, T, L) rank the patches, of which the `k` best are kept; logits (B_v, N_c, L) weigh
+    the kept ones, the scores the dropped ones; patches (B_v, L, C); words (T, M, C) normalised,
+    word_mask (T, M); fixed (B_v, F, C) are tokens that no caption changes, fixed_mask (B_v, F);
+    added (B_v, N_c, C) is added to the aggregated tokens before they are normalised. Where nothing
+    is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
+    leaves it out). Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
+    float32, without gradient, also under autocast: half-precision arguments are taken as float32.
+    `precision` is that of the programs' products: "ieee"; "tf32", faster and good to about three
+    digits; "tf32x3", about six. Raises ValueError for another one, where the programs can't run,
+    and where a gradient would be lost. Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
     """
     tensors = [scores, logits, patches, words, fixed]
     tensors += [] if added is None else [added]
@@ -152,7 +124,7 @@ def _check(tensors: list[Tensor], precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if not is_available(tensors[0].device):
-        raise ValueError("fused_matches needs a CUDA device and Triton: call plain_matches instead")
+        raise ValueError("fused_matches needs a CUDA device and Triton")
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         raise ValueError("fused_matches has no backward pass: call it under torch.no_grad()")
 

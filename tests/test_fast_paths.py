@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import gram
-from lib.batch import Tokens
+from lib.batch import FEWEST_IN_BUCKET, Tokens, length_buckets
 from lib.gram import PairTokens, PatchSums, gram_matrix, gram_pays, unit
 from lib.losses import hardest_pairs, hinge_triplet, negatives_mask
-from lib.methods.base import FEWEST_IN_BUCKET, length_buckets
 from lib.methods.registry import method_names
 from lib.similarity import similarity_matrix
 from lib.slimming import LARGEST_EXPONENT, min_max, peak_weights, selected_sums, top_k_mask

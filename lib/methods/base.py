@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import kernels
 from lib.alignment import best_affinities, mean_of_best
-from lib.batch import Batch, Tokens
+from lib.batch import Batch, Tokens, length_buckets
 from lib.distributed import gather_rows, gather_sizes, gather_tokens, rank
 from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
@@ -21,8 +21,9 @@ from lib.losses import AlignmentLoss, ratio_loss
 from lib.slimming import LapsNetwork, summarise_text
 
 Prepared = dict[str, Tensor]
-FEWEST_IN_BUCKET = 8  # captions of like length that are worth a call of their own
-EVALUATED_CAPTIONS = 8  # times shard_size captions a chunk without gradient, fewer images
+EVALUATED_CAPTIONS = (
+    8  # times shard_size: captions of a chunk without gradient, beside fewer images
+)
 PAIRS_AT_ONCE = 1024  # scored one by one, each with its own copy of the image's patches
 
 
@@ -417,6 +418,10 @@ class LapsFamily(Method):
     def may_leave_unused(self) -> bool:
         return self.detach_patches
 
+    @property
+    def most_pairs(self) -> int:
+        return kernels.PAIRS if self._is_fused(self.network.head.scale) else super().most_pairs
+
     def prepare_images(self, images: Tokens) -> Prepared:
         return self.network.prepare(self.patches_of(images), images.cls)
 
@@ -431,12 +436,16 @@ class LapsFamily(Method):
         masks = texts["word_mask"].new_ones(1), texts["word_mask"]  # every token is real
         return {"similarity": mean_of_best(*self._best(images, texts, *masks), *masks)}
 
+    def _is_fused(self, like: Tensor) -> bool:
+        """Return whether the kernel scores pairs on this tensor's device now."""
+        return kernels.serves(like)
+
     def _best(
         self, images: Prepared, texts: Prepared, token_mask: Tensor, word_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each word's best token and each token's best word, (B_v, T, M) and (B_v, T, N)."""
         patches, words = images["patches"], texts["words"]
-        if not kernels.serves(patches):
+        if not self._is_fused(patches):
             cosines = self.network.tokens(images, texts["global"]).products(words)
             return best_affinities(cosines, token_mask, word_mask)
         scores = self.network.scores(images, texts["global"])
@@ -455,24 +464,6 @@ class LapsFamily(Method):
         share = losses["loss"].new_tensor(self.network.kept_share)
         ratio = ratio_loss(share, None, self.network.sparse_ratio, *self.ratio_lambdas)
         return {**losses, "loss": losses["loss"] + self.ratio_weight * ratio, "ratio": ratio}
-
-
-def length_buckets(lengths: list[int], most: int) -> list[list[int]]:
-    """Return the indices of captions in buckets of similar lengths, shortest first, ties in order.
-
-    A bucket holds at most `most` captions, and from `FEWEST_IN_BUCKET` on only lengths within an
-    eighth of its shortest; all together in order where lengths are equal.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    buckets: list[list[int]] = []
-    for index in order:
-        current = buckets[-1] if buckets else []
-        longer = bool(current) and lengths[index] > 1.125 * lengths[current[0]]
-        if not current or len(current) == most or (longer and len(current) >= FEWEST_IN_BUCKET):
-            buckets.append([index])
-        else:
-            current.append(index)
-    return buckets
 
 
 @contextmanager

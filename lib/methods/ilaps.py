@@ -131,6 +131,9 @@ class ImprovedLAPS(LapsFamily):
             prepared["word_mask"] = self.word_selection(prepared["words"], texts.mask)
         return prepared
 
+    def _is_fused(self, like: Tensor) -> bool:
+        return self.similarity_kind == "max" and super()._is_fused(like)
+
     def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
         if self.similarity_kind == "max":
             return super().score(images, texts)

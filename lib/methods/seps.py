@@ -147,6 +147,11 @@ class SEPS(Method):
         return self.detach_patches or self.kept == self.image_encoder.num_patches
 
     @property
+    def most_pairs(self) -> int:
+        fused = self._is_fused(self.sparse_head.scale)
+        return kernels.PAIRS if fused else super().most_pairs
+
+    @property
     def scores_repeat(self) -> bool:
         return self.selection != "gumbel" or not self.training
 
@@ -239,9 +244,9 @@ class SEPS(Method):
         cosines = tokens.products(texts["words"])
         return best_affinities(cosines, token_mask, texts["word_mask"]), token_mask, maps
 
-    def _is_fused(self, patches: Tensor) -> bool:
-        """Return whether the kernel scores these patches: without gradient, noise or oracle."""
-        return self.guide != "caption" and self.scores_repeat and kernels.serves(patches)
+    def _is_fused(self, like: Tensor) -> bool:
+        """Return whether the kernel scores pairs on this device: no gradient, noise or oracle."""
+        return self.guide != "caption" and self.scores_repeat and kernels.serves(like)
 
     def _fused_matches(
         self, images: Prepared, texts: Prepared
