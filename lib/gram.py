@@ -69,15 +69,16 @@ class PairTokens:
         return self._direct_form(words)
 
     def _gram_form(self, words: Tensor) -> Tensor:
+        patches = self.patches.shape[1]
         rows = torch.cat([self.patches, self.fixed.to(self.patches.dtype)], 1)  # (B_v, L + F, C)
-        flat = words.flatten(0, 1).expand(len(rows), -1, -1)  # (B_v, T·M, C), not copied
-        products = torch.bmm(flat, rows.transpose(1, 2)).unflatten(1, words.shape[:2])
-        of_patches = products[..., : self.patches.shape[1]].transpose(2, 3)  # (B_v, T, L, M)
+        products = rows.flatten(0, 1) @ words.flatten(0, 1).T  # one product, (B_v·(L + F), T·M)
+        products = products.unflatten(1, words.shape[:2]).unflatten(0, rows.shape[:2])
+        products = products.transpose(1, 2)  # (B_v, T, L + F, M)
         parts = [
-            _divided(one.scaled(one.weights @ of_patches), norms)
+            _divided(one.scaled(one.weights @ products[:, :, :patches]), norms)
             for one, norms in zip(self.sums, self._gram_norms, strict=True)
         ]
-        return torch.cat([*parts, products[..., self.patches.shape[1] :].transpose(2, 3)], 2)
+        return torch.cat([*parts, products[:, :, patches:]], 2)
 
     @cached_property
     def _gram_norms(self) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lib.gram import PairTokens, PatchSums, gram_matrix, unit
+from lib.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit
 
 LARGEST_EXPONENT = 30.0  # of a logit above the kept ones
 
@@ -54,7 +54,10 @@ def aggregated_count(num_patches: int, sparse_ratio: float, aggr_ratio: float) -
 @full_precision
 def global_scores(patches: Tensor, embeddings: Tensor) -> Tensor:
     """Return patch-text cosines: (B_v, L, C), global (B_t, C) -> (B_v, B_t, L)."""
-    return normalize(embeddings, dim=-1) @ normalize(patches, dim=-1).transpose(1, 2)
+    norms = torch.linalg.vector_norm(patches, dim=-1).clamp(min=SMALLEST_NORM)  # (B_v, L)
+    products = patches.flatten(0, 1) @ normalize(embeddings, dim=-1).T  # one product, (B_v·L, B_t)
+    products = products.unflatten(0, norms.shape).transpose(1, 2)
+    return (products / norms[:, None]).contiguous()
 
 
 @full_precision
@@ -130,7 +133,7 @@ def peak_weights(logits: Tensor) -> Tensor | None:
     low, high = logits.detach().aminmax(dim=-1, keepdim=True)
     if not bool((high - low).amax() < LARGEST_EXPONENT):
         return None
-    return (logits - high).exp()
+    return (logits - high).exp().contiguous()  # logits come transposed; pairs multiply these
 
 
 def selected_sums(logits: Tensor, peaks: Tensor | None, decision: Tensor) -> PatchSums:
