@@ -34,7 +34,6 @@ WITHOUT_EFFECT = {
     "rank",
     "resume",
     "save_step",
-    "shard_size",
     "workers",
 }
 

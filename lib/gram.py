@@ -10,6 +10,7 @@ to caption. Two exact forms of its cosine with a word, the cheaper one taken (do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +20,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 SMALLEST_NORM = 1e-12  # as torch's normalize
-TYPICAL_WORDS = 12  # of a caption, [CLS] and [SEP] included
+TYPICAL_WORDS = 14  # of a caption, [CLS] and [SEP] included
 
 
 @dataclass
 class PatchSums:
     """Tokens Σ_l weight_l · v_l / mass of every pair: weights (B_v, T, N, L), mass (B_v, T, N).
 
-    `mass` None stands for 1. T may be 1 where no caption changes the tokens.
+    `mass` None stands for 1.
     """
 
     weights: Tensor
@@ -69,16 +70,12 @@ class PairTokens:
         return self._direct_form(words)
 
     def _gram_form(self, words: Tensor) -> Tensor:
-        patches = self.patches.shape[1]
-        rows = torch.cat([self.patches, self.fixed.to(self.patches.dtype)], 1)  # (B_v, L + F, C)
-        products = rows.flatten(0, 1) @ words.flatten(0, 1).T  # one product, (B_v·(L + F), T·M)
-        products = products.unflatten(1, words.shape[:2]).unflatten(0, rows.shape[:2])
-        products = products.transpose(1, 2)  # (B_v, T, L + F, M)
+        of_patches = _all_products(self.patches, words)  # (B_v, T, L, M)
         parts = [
-            _divided(one.scaled(one.weights @ products[:, :, :patches]), norms)
+            _divided(one.scaled(one.weights @ of_patches), norms)
             for one, norms in zip(self.sums, self._gram_norms, strict=True)
         ]
-        return torch.cat([*parts, products[:, :, patches:]], 2)
+        return torch.cat([*parts, _all_products(self.fixed.to(words.dtype), words)], 2)
 
     @cached_property
     def _gram_norms(self) -> list[Tensor]:
@@ -95,12 +92,9 @@ class PairTokens:
     def _direct_form(self, words: Tensor) -> Tensor:
         parts = []
         for tokens, norms in self._built:
-            if tokens.shape[1] == 1:
-                products = torch.einsum("vnc,tmc->vtnm", tokens[:, 0], words)
-            else:
-                products = torch.einsum("vtnc,tmc->vtnm", tokens, words)
+            products = torch.einsum("vtnc,tmc->vtnm", tokens, words)
             parts.append(_divided(products.to(norms.dtype), norms))
-        fixed = torch.einsum("vfc,tmc->vtfm", self.fixed.to(words.dtype), words)
+        fixed = _all_products(self.fixed.to(words.dtype), words)
         return torch.cat([*parts, fixed.to(parts[0].dtype)], 2)
 
     @cached_property
@@ -108,8 +102,9 @@ class PairTokens:
         """The sums themselves, (B_v, T, N, C), and their norms (B_v, T, N), at least float32."""
         built = []
         for one in self.sums:
-            flat = one.weights.flatten(1, 2).to(self.patches.dtype)  # (B_v, T·N, L)
-            tokens = one.scaled((flat @ self.patches).unflatten(1, one.weights.shape[1:3]))
+            # divided first: half precision has no room for weights that still await it
+            flat = one.scaled(one.weights).flatten(1, 2).to(self.patches.dtype)  # (B_v, T·N, L)
+            tokens = (flat @ self.patches).unflatten(1, one.weights.shape[1:3])
             wide = torch.promote_types(tokens.dtype, torch.float32)
             norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=wide)
             built.append((tokens, norms.clamp(min=SMALLEST_NORM)))
@@ -129,7 +124,7 @@ def gram_matrix(patches: Tensor, tokens: int) -> Tensor | None:
     None where the form does not pay for captions, and in mixed precision: half precision would ruin
     the norms, and its matrix units make the direct form the faster one.
     """
-    if torch.is_autocast_enabled(patches.device.type):
+    if torch.is_autocast_enabled(patches.device.type) or patches.dtype.itemsize < 4:
         return None
     if not gram_pays(tokens, *patches.shape[1:], TYPICAL_WORDS):
         return None
@@ -141,5 +136,13 @@ def unit(tokens: Tensor) -> Tensor:
     return normalize(tokens, dim=-1, eps=SMALLEST_NORM)
 
 
+def _all_products(tokens: Tensor, words: Tensor) -> Tensor:
+    """Return products of every token with every word in one: (B_v, N, C), (T, M, C) -> pairs."""
+    products = tokens.flatten(0, 1) @ words.flatten(0, 1).T  # (B_v·N, T·M)
+    products = products.unflatten(1, words.shape[:2]).unflatten(0, tokens.shape[:2])
+    return products.transpose(1, 2)  # (B_v, T, N, M)
+
+
 def _divided(products: Tensor, norms: Tensor) -> Tensor:
-    return products / norms[..., None]
+    """Return products over norms; a zero token's are 0, and so is its gradient."""
+    return products / norms.masked_fill(norms < 2 * SMALLEST_NORM, math.inf)[..., None]

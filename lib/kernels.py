@@ -9,20 +9,21 @@ from two products that no choice of patches changes (Gram form, exact algebra):
 
 and of both only the rows and columns of kept patches are read: k/L of the one, (k/L)² of the other.
 
-What is computed where: P·Pᵀ once an image, and P·Eᵀ of all pairs, are ordinary large products, so
-cuBLAS makes them at full rate; inside a program they would be paid in Triton's slower float32 dot,
-and read P, 400 kB an image, again for each pair. P·Eᵀ costs B_v·L·T·M floats, written and read once
-(37 kB a pair at L = 196, M = 24, against 5 MFLOP to make them: memory is not the limit), and is
-made for as many captions at once as fit PRODUCT_BYTES. The patches are ordered kept first by a
-program of their own, so that the others walk dense blocks.
+What is computed where: P·Pᵀ, once an image and call, and P·Eᵀ of all pairs are ordinary large
+products, so cuBLAS makes them at full rate; inside a program they would be paid in Triton's slower
+float32 dot, and read P, 400 kB an image, again for each pair. P·Eᵀ costs B_v·L·T·M floats, written
+and read once (37 kB a pair at L = 196, M = 24, against 5 MFLOP to make them: memory is not the
+limit), and is made for as many captions at once as fit PRODUCT_BYTES. The patches are ordered kept
+first by a program of their own, so that the others walk dense blocks.
 
-The programs' products are IEEE float32; `precision="tf32"` is the faster, lossy form and
-"tf32x3" tensor cores at nearly float32 accuracy. PyTorch's products follow
-torch.backends.cuda.matmul, IEEE unless somebody changed it.
+The programs' products are IEEE float32. PyTorch's products follow torch.backends.cuda.matmul, IEEE
+unless somebody changed it.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,7 @@ try:
 except ImportError:  # macOS, Windows and CPU wheels of torch come without it
     triton = None
 
-PRECISIONS = ("ieee", "tf32", "tf32x3")
-PAIRS = 2**16  # a call: scores of 50 MB at L = 196
+PAIRS = 2**16  # of a call: scores of 50 MB at L = 196
 PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
 FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
 # A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.
@@ -46,16 +46,34 @@ AGGREGATED_TILES = {"BLOCK_L": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether `fused_matches` runs there: on CUDA, or anywhere under TRITON_INTERPRET=1."""
+    """Return whether `fused_matches` runs there: on CUDA, or anywhere under TRITON_INTERPRET=1.
+
+    Where Triton can't build a program (no C compiler, an old GPU), one warning says so.
+    """
     if triton is None:
         return False
     interpreted = not isinstance(_order_patches, triton.JITFunction)
-    return interpreted or device.type == "cuda"
+    return interpreted or (device.type == "cuda" and _builds(device))
+
+
+@functools.cache
+def _builds(device: torch.device) -> bool:
+    """Return whether the smallest program builds and runs on the device; asked once."""
+    scores = torch.zeros(1, 2, device=device)
+    try:
+        with torch.cuda.device_of(scores):
+            _order_patches[(1,)](scores, torch.empty_like(scores, dtype=torch.int32), 2, 1, WIDTH=2)
+    except Exception as error:  # Triton raises what its compilers and drivers do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"warning: no fused scoring, PyTorch does it ({reason:.200})", file=sys.stderr)
+        return False
+    return True
 
 
 def serves(patches: Tensor) -> bool:
     """Return whether `fused_matches` may score these patches now: no gradient is asked for."""
-    return not torch.is_grad_enabled() and is_available(patches.device)
+    wanted = not torch.is_grad_enabled() and patches.dtype != torch.float64
+    return wanted and is_available(patches.device)
 
 
 def token_mask(fixed_mask: Tensor, aggregated: int, fused_takes_part: bool) -> Tensor:
@@ -76,7 +94,6 @@ def fused_matches(
     k: int,
     added: Tensor | None = None,
     fused_counts: bool = True,
-    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
 
@@ -87,13 +104,12 @@ def fused_matches(
     is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
     leaves it out). Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
     float32, without gradient, also under autocast: half-precision arguments are taken as float32.
-    `precision` is that of the programs' products: "ieee"; "tf32", faster and good to about three
-    digits; "tf32x3", about six. Raises ValueError for another one, where the programs can't run,
-    and where a gradient would be lost. Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
+    Raises ValueError where the programs can't run, and where a gradient would be lost.
+    Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
     """
     tensors = [scores, logits, patches, words, fixed]
     tensors += [] if added is None else [added]
-    _check(tensors, precision)
+    _check(tensors)
     device = scores.device
     with (
         torch.no_grad(),
@@ -112,7 +128,6 @@ def fused_matches(
                 word_mask[first : first + size].contiguous(),
                 min(k, patches.shape[1]),
                 fused_counts,
-                precision,
             )
             for first in range(0, len(words), size)
         ]
@@ -120,9 +135,7 @@ def fused_matches(
     return torch.cat(for_words, 1), torch.cat(for_tokens, 1)
 
 
-def _check(tensors: list[Tensor], precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+def _check(tensors: list[Tensor]) -> None:
     if not is_available(tensors[0].device):
         raise ValueError("fused_matches needs a CUDA device and Triton")
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
@@ -160,12 +173,11 @@ def _match(
     word_mask: Tensor,
     k: int,
     fused_counts: bool,
-    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the best matches of all images with a few captions."""
     flat = images.sources.flatten(0, 1) @ words.flatten(0, 1).T  # (B_v·R, T·M)
     products = flat.view(*images.sources.shape[:2], *word_mask.shape)  # (B_v, R, T, M)
-    for_words, for_tokens = _launch(images, scores, products, word_mask, k, precision)
+    for_words, for_tokens = _launch(images, scores, products, word_mask, k)
     best = for_words.amax(2)  # (B_v, T, M)
     if fused_counts and k == scores.shape[-1]:
         best = best.clamp(min=0)  # the fused token is a zero
@@ -179,7 +191,7 @@ def _match(
 
 
 def _launch(
-    images: _Images, scores: Tensor, products: Tensor, word_mask: Tensor, k: int, precision: str
+    images: _Images, scores: Tensor, products: Tensor, word_mask: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """Return cosines of all tokens but the fixed ones: best for words, a slot a block of tokens.
 
@@ -219,7 +231,6 @@ def _launch(
         squares=images.gram if images.squares is None else images.squares,
         blocks=blocks,
         ADDED=images.squares is not None,
-        PRECISION=precision,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
         WORD_BLOCKS=triton.cdiv(longest, block_m),
@@ -323,7 +334,6 @@ if triton is not None:
         L: tl.constexpr,
         k: tl.constexpr,
         ADDED: tl.constexpr,
-        PRECISION: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_L: tl.constexpr,
@@ -356,7 +366,7 @@ if triton is not None:
                 # the Gram matrix is symmetric: what is left of this block counts twice
                 left *= tl.where(other < first, 2.0, 1.0)
                 tile = tl.load(gram + (index[:, None] * L + right_index[None, :]))
-                turned = tl.dot(left, tile, turned, input_precision=PRECISION)
+                turned = tl.dot(left, tile, turned, input_precision="ieee")
             square += tl.sum(turned * right, 1)
             if ADDED:
                 tile = tl.load(gram + (L * L + rows[:, None] + right_index[None, :]))
@@ -377,7 +387,7 @@ if triton is not None:
                 left, index = _kept_weights(order, logits, rows, place, k, top)
                 source = products + (index[:, None] * (T * M) + word[None, :])
                 tile = tl.load(source, mask=inside[None, :], other=0.0)
-                cosine = tl.dot(left, tile, cosine, input_precision=PRECISION)
+                cosine = tl.dot(left, tile, cosine, input_precision="ieee")
             cosine *= share[:, None]
             if ADDED:
                 source = products + ((L + row)[:, None] * (T * M) + word[None, :])

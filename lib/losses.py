@@ -153,12 +153,10 @@ class AlignmentLoss(nn.Module):
 
     def pairs_read(self, similarity: Tensor, image_ids: Tensor) -> Tensor:
         """Return which entries of the matrix the loss gives gradient, bool (B, B)."""
-        return hardest_pairs(similarity.float(), negatives_mask(image_ids), self.margin)
+        return hardest_pairs(_wide(similarity), negatives_mask(image_ids), self.margin)
 
     def forward(self, similarity: Tensor, image_ids: Tensor) -> Tensor:
-        if similarity.dtype in (torch.float16, torch.bfloat16):
-            similarity = similarity.float()
-        return self.scale * self._unscaled(similarity, negatives_mask(image_ids))
+        return self.scale * self._unscaled(_wide(similarity), negatives_mask(image_ids))
 
     def _unscaled(self, similarity: Tensor, negatives: Tensor) -> Tensor:
         if self.loss == "vse":
@@ -169,3 +167,7 @@ class AlignmentLoss(nn.Module):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.draws))
         self.draws += 1
         return distance_weighted_triplet(similarity, negatives, self.margin, self.cutoff, generator)
+
+
+def _wide(similarity: Tensor) -> Tensor:
+    return similarity.to(torch.promote_types(similarity.dtype, torch.float32))

@@ -136,6 +136,7 @@ def peak_weights(logits: Tensor) -> Tensor | None:
     return (logits - high).exp().contiguous()  # logits come transposed; pairs multiply these
 
 
+@full_precision
 def selected_sums(logits: Tensor, peaks: Tensor | None, decision: Tensor) -> PatchSums:
     """Return N_c sums of each image's kept patches for each caption, weighted by a softmax.
 

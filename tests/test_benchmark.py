@@ -196,7 +196,7 @@ def test_lengths_are_drawn_alike_from_what_was_counted():
 
 def test_least_work_by_hand():
     # 10 patches: 5 kept, 2 aggregated, fused and [CLS]; 3 words, 4 channels
-    direct, gram = 2 * 2 * 5 * 4 + 2 * 4 * 4 * 3, 2 * 10 * 4 * 3 + 2 * 2 * 5 * (5 + 3)
+    direct, gram = 2 * 2 * 5 * 4 + 2 * 4 * 4 * 3, 2 * 10 * 4 * 3 + 2 * 5 * (5 + 2 * 3)
     assert pair_flops(10, 3, 4) == min(direct, gram) + 2 * 10 * 4
     case = small_case(patches=10, words=3, embed_size=4, images=8, captions=8)
     pair = pair_flops(10, 3, 4)

@@ -29,7 +29,7 @@ ALLOWED = {  # local modules that a module may import; errors may be imported by
     "lib.metrics": set(),
     "lib.encoders": {"lib.batch"},
     "lib.gram": set(),
-    "lib.kernels": {"lib.alignment", "lib.slimming"},
+    "lib.kernels": {"lib.alignment"},
     "lib.slimming": {"lib.batch", "lib.gram"},
     "lib.alignment": {"lib.batch"},
     "lib.losses": {"lib.batch"},

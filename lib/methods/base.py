@@ -21,10 +21,9 @@ from lib.losses import AlignmentLoss, ratio_loss
 from lib.slimming import LapsNetwork, summarise_text
 
 Prepared = dict[str, Tensor]
-EVALUATED_CAPTIONS = (
-    8  # times shard_size: captions of a chunk without gradient, beside fewer images
-)
-PAIRS_AT_ONCE = 1024  # scored one by one, each with its own copy of the image's patches
+EVALUATED_CAPTIONS = 8  # times shard_size: captions of a chunk without gradient
+PAIRS_AT_ONCE = 128  # scored one by one, each with its own copy of the image's patches
+MOST_READ = 4  # similarities a pair that are worth scoring twice
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -259,17 +258,14 @@ class Method(nn.Module):
         """Return `pair_maps` of prepared images.
 
         Chunks hold captions of about one length, so that no padding is multiplied, and at most
-        shard_size² pairs; with more pairs than that, the backward pass computes each chunk again.
+        `most_pairs` pairs; with more than that, the backward pass computes each chunk again.
         """
-        count = len(next(iter(images.values())))
-        most = self.shard_size**2
-        again = torch.is_grad_enabled() and count * len(texts) > most
+        most, graph = self.most_pairs, torch.is_grad_enabled()
+        again = graph and len(next(iter(images.values()))) * len(texts) > most
         score = self._score_again if again else self.score
+        captions = self.shard_size if graph else EVALUATED_CAPTIONS * self.shard_size
         columns, order = [], []
-        longest = (
-            self.shard_size if torch.is_grad_enabled() else EVALUATED_CAPTIONS * self.shard_size
-        )
-        for rows in length_buckets(texts.lengths.tolist(), min(longest, most)):
+        for rows in length_buckets(texts.lengths.tolist(), min(captions, most)):
             alike = texts[rows] if len(rows) < len(texts) else texts
             part = self.prepare_texts(alike.trimmed())
             chunks = _chunks(images, max(1, most // len(rows)))
@@ -280,6 +276,11 @@ class Method(nn.Module):
             return maps
         places = torch.tensor(order, device=texts.local.device).argsort()
         return {key: value[:, places] for key, value in maps.items()}
+
+    @property
+    def most_pairs(self) -> int:
+        """Return how many pairs `score` is given at once."""
+        return self.shard_size**2
 
     def pair_scores(self, images: Prepared, texts: Tokens, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the similarity of the pairs (rows[p], columns[p]) alone, (P,)."""
@@ -293,8 +294,8 @@ class Method(nn.Module):
             return torch.vmap(one_pair)(_rows_of(images, rows), _rows_of(prepared, columns))
 
         parts = list(zip(rows.split(PAIRS_AT_ONCE), columns.split(PAIRS_AT_ONCE), strict=True))
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            return torch.cat([scores(*part) for part in parts])
+        if len(parts) == 1:
+            return scores(*parts[0])
         return torch.cat([checkpoint(scores, *part, use_reentrant=False) for part in parts])
 
     def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor | None:
@@ -342,25 +343,26 @@ class Method(nn.Module):
 
         `image_ids` (B_t,) says which image each caption, and so each global row, belongs to.
         """
-        alignment = self.criterion(
-            self.loss_maps(images, texts, image_ids)["similarity"], image_ids
-        )
+        maps = self.loss_maps(images, texts, image_ids)
+        alignment = self.criterion(maps["similarity"], image_ids)
         return {"loss": alignment, "alignment": alignment.detach()}
 
     def loss_maps(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
         """Return `pair_maps` of the global batch, each (B, B), for this rank's `images`.
 
         Where the loss reads only the hardest negatives, all pairs are scored without a graph, and
-        the similarities that take part in the loss once more with one: at most three a pair.
+        the similarities that take part in the loss once more with one: at most three a row, but for
+        ties.
         """
-        if not (self.criterion.reads_few_pairs and self.scores_repeat and torch.is_grad_enabled()):
-            maps = self.pair_maps(images, texts)
-            return {key: self.gather(value) for key, value in maps.items()}
         prepared = self.prepare_images(images)
-        with _without_graph(texts.local.device):
-            maps = self.prepared_maps(prepared, texts)
-            maps = {key: self.gather(value) for key, value in maps.items()}
-        pairs = self.criterion.pairs_read(maps["similarity"], image_ids)  # (B, B)
+        few = self.criterion.reads_few_pairs and self.scores_repeat and torch.is_grad_enabled()
+        if few:
+            with _without_graph(texts.local.device):
+                maps = self._gathered_maps(prepared, texts)
+            pairs = self.criterion.pairs_read(maps["similarity"], image_ids)  # (B, B)
+            few = int(pairs.sum()) <= MOST_READ * len(pairs)  # the same on every rank
+        if not few:
+            return self._gathered_maps(prepared, texts)
         first = sum(gather_sizes(len(images), texts.local.device)[: rank()])
         rows, columns = pairs[first : first + len(images)].nonzero(as_tuple=True)
         scores = self.pair_scores(prepared, texts, rows, columns)
@@ -369,6 +371,10 @@ class Method(nn.Module):
         gradient = gradient.index_put((rows, columns), scores - scores.detach())
         maps["similarity"] = maps["similarity"] + self.gather(gradient)
         return maps
+
+    def _gathered_maps(self, images: Prepared, texts: Tokens) -> dict[str, Tensor]:
+        maps = self.prepared_maps(images, texts)
+        return {key: self.gather(value) for key, value in maps.items()}
 
 
 class LapsFamily(Method):
@@ -437,8 +443,8 @@ class LapsFamily(Method):
         return {"similarity": mean_of_best(*self._best(images, texts, *masks), *masks)}
 
     def _is_fused(self, like: Tensor) -> bool:
-        """Return whether the kernel scores pairs on this tensor's device now."""
-        return kernels.serves(like)
+        """Return whether the kernel scores pairs on this tensor's device now: in evaluation."""
+        return not self.training and kernels.serves(like)
 
     def _best(
         self, images: Prepared, texts: Prepared, token_mask: Tensor, word_mask: Tensor

@@ -30,6 +30,7 @@ from lib.slimming import (
     masked_mean,
     min_max,
     own_scores,
+    peak_weights,
     selected_softmax,
     selected_sums,
     top_k_mask,
@@ -166,8 +167,9 @@ class SEPS(Method):
         prepared = {"patches": patches, "base": base} | aggregation(self.sparse_head, patches)
         fixed = [] if images.cls is None else [unit(images.cls)]
         if self.guide == "caption":
-            dense = aggregation(self.dense_head, patches)
-            prepared |= {f"dense_{key}": dense[key] for key in ("logits", "peaks") if key in dense}
+            logits = self.dense_head(patches)
+            peaks = peak_weights(logits)
+            prepared |= {"dense_logits": logits} | ({} if peaks is None else {"dense_peaks": peaks})
         if self.guide == "image":
             prepared |= self._image_dense(patches, base, images.dense)
             fixed.append(unit(prepared.pop("dense_fused")))
@@ -245,8 +247,8 @@ class SEPS(Method):
         return best_affinities(cosines, token_mask, texts["word_mask"]), token_mask, maps
 
     def _is_fused(self, like: Tensor) -> bool:
-        """Return whether the kernel scores pairs on this device: no gradient, noise or oracle."""
-        return self.guide != "caption" and self.scores_repeat and kernels.serves(like)
+        """Return whether the kernel scores pairs on this device: in evaluation, without oracle."""
+        return self.guide != "caption" and not self.training and kernels.serves(like)
 
     def _fused_matches(
         self, images: Prepared, texts: Prepared
@@ -292,7 +294,7 @@ class SEPS(Method):
         patches = images["patches"]
         mask = patches.new_ones(images.get("fixed", patches[:, :0]).shape[:2], dtype=torch.bool)
         if self.guide == "image":
-            mask[:, -1:] = images["dense_drops"]
+            mask = torch.cat([mask[:, :-1], images["dense_drops"]], 1)
         return mask
 
     @property

@@ -165,11 +165,12 @@ def fewer_captions(texts: Tokens, count: int) -> Tokens:
 
 
 def least_work(case: Case) -> tuple[float, float]:
-    """Return the floating-point operations and the bytes moved that no form goes below.
+    """Return the floating-point operations and the bytes moved of the leanest form known here.
 
     A pair in the direct form forms its N_c tokens of K kept patches, then their products with M
     words: 2·N_c·K·C + 2·N·C·M. In the Gram form the products of words with all L patches and of
-    patches among themselves (once an image) stand for it: 2·L·C·M + 2·N_c·K² + 2·N_c·K·M. Either
+    patches among themselves (once an image) stand for it: 2·L·C·M + N_c·K² + 2·N_c·K·M, a norm
+    taking half of a symmetric matrix. Either
     way the patch scores cost 2·L·C. The smaller counts. The dense branch of SEPS, once an image, is
     left out. A pair that carries gradient costs three times as much: of B² pairs all do under the
     sum over negatives, 3·B under the hardest. Bytes: tokens read once, the matrix written once.
@@ -192,7 +193,7 @@ def pair_flops(patches: int, words: float, width: int) -> float:
     tokens = aggregated_count(patches, SPARSE_RATIO, AGGR_RATIO)
     every = tokens + 1 + (patches not in WITHOUT_CLS)  # the fused token, [CLS]
     direct = 2 * tokens * kept * width + 2 * every * width * words
-    gram = 2 * patches * width * words + 2 * tokens * kept * (kept + words)
+    gram = 2 * patches * width * words + tokens * kept * (kept + 2 * words)
     return min(direct, gram) + 2 * patches * width
 
 
