@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-FEWEST_IN_BUCKET = 8  # captions of like length that are worth a call of their own
+FEWEST_IN_BUCKET = 16  # captions of like length that are worth a call of their own
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:

@@ -82,8 +82,7 @@ class PairTokens:
         """Norms of the sums, (B_v, T, N) each."""
         norms = []
         for one in self.sums:
-            turned = (one.weights.flatten(1, 2) @ self.gram).view_as(one.weights)
-            squares = (turned * one.weights).sum(-1)
+            squares = _quadratic_form(one.weights, self.gram)
             if one.mass is not None:
                 squares = squares / one.mass.square()
             norms.append(squares.clamp(min=SMALLEST_NORM**2).sqrt())
@@ -129,6 +128,21 @@ def gram_matrix(patches: Tensor, tokens: int) -> Tensor | None:
     if not gram_pays(tokens, *patches.shape[1:], TYPICAL_WORDS):
         return None
     return patches @ patches.transpose(1, 2)
+
+
+def _quadratic_form(weights: Tensor, gram: Tensor) -> Tensor:
+    """Return wᵀGw of every w: weights (B_v, T, N, L), symmetric gram (B_v, L, L) -> (B_v, T, N).
+
+    Its gradient in w is 2·Gw, which the forward pass has at hand: both factors w are taken for one,
+    and a third large product is spared in the backward pass.
+    """
+    fixed = weights.detach()
+    turned = (fixed.flatten(1, 2) @ gram).view_as(weights)  # gradient to the Gram matrix alone
+    squares = (turned * fixed).sum(-1)
+    if not (torch.is_grad_enabled() and weights.requires_grad):
+        return squares
+    once = (turned.detach() * weights).sum(-1)
+    return squares + 2 * (once - once.detach())
 
 
 def unit(tokens: Tensor) -> Tensor:

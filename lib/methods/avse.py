@@ -142,7 +142,7 @@ class AVSE(Method):
         criterion: AlignmentLoss,
         *,
         embed_size: int,
-        shard_size: int = 32,
+        shard_size: int = 64,
         block: int = 256,
         keep_train: float = 0.8,
         keep_eval: float = 0.9,

@@ -21,8 +21,9 @@ from lib.losses import AlignmentLoss, ratio_loss
 from lib.slimming import LapsNetwork, summarise_text
 
 Prepared = dict[str, Tensor]
-EVALUATED_CAPTIONS = 8  # times shard_size: captions of a chunk without gradient
-PAIRS_AT_ONCE = 128  # scored one by one, each with its own copy of the image's patches
+CAPTIONS_WITHOUT_GRAPH = 256  # of a chunk
+PAIRS_WITHOUT_GRAPH = 256  # of a chunk on the CPU: what it makes stays near the caches
+PAIRS_AT_ONCE = 256  # scored one by one, each with its own copy of the image's patches
 MOST_READ = 4  # similarities a pair that are worth scoring twice
 
 
@@ -63,7 +64,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shard_size",
         type=int,
-        default=32,
+        default=64,
         help="the similarity works on at most shard_size x shard_size pairs at once; more of them "
         "are computed again in the backward pass",
     )
@@ -140,7 +141,7 @@ class Method(nn.Module):
         image_encoder: ImageEncoder | nn.Module | None,
         text_encoder: TextEncoder | nn.Module,
         criterion: AlignmentLoss,
-        shard_size: int = 32,
+        shard_size: int = 64,
         dense_owner: str | None = None,
     ) -> None:
         super().__init__()
@@ -263,9 +264,11 @@ class Method(nn.Module):
         most, graph = self.most_pairs, torch.is_grad_enabled()
         again = graph and len(next(iter(images.values()))) * len(texts) > most
         score = self._score_again if again else self.score
-        captions = self.shard_size if graph else EVALUATED_CAPTIONS * self.shard_size
+        captions = min(most, self.shard_size if graph else CAPTIONS_WITHOUT_GRAPH)
+        if not graph and texts.local.device.type == "cpu":
+            most = min(most, PAIRS_WITHOUT_GRAPH)
         columns, order = [], []
-        for rows in length_buckets(texts.lengths.tolist(), min(captions, most)):
+        for rows in length_buckets(texts.lengths.tolist(), captions):
             alike = texts[rows] if len(rows) < len(texts) else texts
             part = self.prepare_texts(alike.trimmed())
             chunks = _chunks(images, max(1, most // len(rows)))
@@ -392,7 +395,7 @@ class LapsFamily(Method):
         criterion: AlignmentLoss,
         *,
         embed_size: int,
-        shard_size: int = 32,
+        shard_size: int = 64,
         sparse_ratio: float = 0.5,
         aggr_ratio: float = 0.4,
         ratio_weight: float = 2.0,

@@ -29,7 +29,7 @@ class DenseText(Method):
         text_encoder: TextEncoder,
         criterion: AlignmentLoss,
         *,
-        shard_size: int = 32,
+        shard_size: int = 64,
         match: str = "max_mean",
     ) -> None:
         super().__init__(None, text_encoder, criterion, shard_size, dense_owner="image")

@@ -74,7 +74,7 @@ class HREM(Method):
         criterion: AlignmentLoss,
         *,
         embed_size: int,
-        shard_size: int = 32,
+        shard_size: int = 64,
         heads: int = 16,
         topk: int = 10,
         threshold: float = 0.5,

@@ -54,7 +54,7 @@ class SCAN(Method):
         text_encoder: TextEncoder,
         criterion: AlignmentLoss,
         *,
-        shard_size: int = 32,
+        shard_size: int = 64,
         direction: str = "t2i",
         lambda_t2i: float = 9.0,
         lambda_i2t: float = 4.0,

@@ -57,7 +57,7 @@ class SEPS(Method):
         criterion: AlignmentLoss,
         *,
         embed_size: int,
-        shard_size: int = 32,
+        shard_size: int = 64,
         sparse_ratio: float = 0.5,
         aggr_ratio: float = 0.4,
         attention_weight: float = 0.8,

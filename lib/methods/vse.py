@@ -36,7 +36,7 @@ class VSE(Method):
         text_encoder: TextEncoder,
         criterion: AlignmentLoss,
         *,
-        shard_size: int = 32,
+        shard_size: int = 64,
         pool: str = "gpo",
     ) -> None:
         super().__init__(image_encoder, text_encoder, criterion, shard_size)
