@@ -109,11 +109,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_slimming(args: argparse.Namespace) -> None:
     """Raise InputError where a flag of the slimming group is out of range."""
-    for flag, low_open in (
-        ("sparse_ratio", True),
-        ("aggr_ratio", True),
-        ("attention_weight", False),
-    ):
+    low_ends = {"sparse_ratio": True, "aggr_ratio": True, "attention_weight": False}
+    for flag, low_open in low_ends.items():
         value = getattr(args, flag)
         if not (0 < value <= 1 if low_open else 0 <= value <= 1):
             interval = "(0, 1]" if low_open else "[0, 1]"
