@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lib.errors import InputError
 from lib.methods import registry
@@ -238,6 +239,19 @@ def fill_paths(args: argparse.Namespace) -> None:
         args.f30k_img_path = os.path.join(args.data_path, "flickr30k-images")
     if args.coco_img_path is None:
         args.coco_img_path = os.path.join(args.data_path, "coco-images")
+
+
+def process_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `lib.distributed.start_processes` takes."""
+    return {
+        "multi_gpu": bool(args.multi_gpu),
+        "gpu_id": args.gpu_id,
+        "world": args.world_size,
+        "this_rank": args.rank,
+        "local_rank": args.local_rank,
+        "backend": args.dist_backend,
+        "url": args.dist_url,
+    }
 
 
 def image_path(args: argparse.Namespace) -> str:

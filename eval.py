@@ -17,33 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from arguments import parse_eval
-from data import Split
+from arguments import parse_eval, process_settings
+from data import open_image_cache, prepare_scenes, read_split, validation_loaders
 from lib import distributed
-from lib.checkpoint import BEST, restore_model
+from lib.checkpoints.checkpoint import BEST, restore_model
+from lib.checkpoints.payloads import read_payload
 from lib.errors import InputError, NonFiniteError
-from lib.evaluation import file_digest, split_results, split_similarity, write_results
 from lib.methods.base import Method
-from lib.metrics import format_table
-from lib.payloads import read_payload
-from lib.precision import autocast_for
-from train import (
-    open_image_cache,
-    prepare_scenes,
-    read_split,
-    start_processes,
-    validation_loaders,
-)
-from vocab import WordTokenizer, load_tokenizer
-
-COCO_FOLDS = 5
+from lib.model.precision import autocast_for
+from lib.retrieval.evaluation import file_digest, split_similarity, split_tables, write_results
+from lib.retrieval.metrics import format_table
+from vocab import checkpoint_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; return the exit code: 0, 2 (bad input) or 3 (not finite)."""
     try:
         args = parse_eval(argv)
-        device = start_processes(args)
+        device = distributed.start_processes(**process_settings(args))
         for checkpoint in find_checkpoints(args):
             evaluate_checkpoint(checkpoint, args, device)
         distributed.stop()
@@ -92,7 +83,7 @@ def evaluate_checkpoint(
     started = time.perf_counter()
     matrix = split_similarity(model, loaders, device, autocast_for(args.amp, device))
     seconds = time.perf_counter() - started
-    tables = split_tables(split, matrix)
+    tables = split_tables(split.dataset, split.name, split.caption_image, matrix)
     facts = result_facts(checkpoint, model, trained, args, seconds)
     facts["images"], facts["captions"] = matrix.shape
     results = {name: {**table, **facts} for name, table in tables.items()}
@@ -109,26 +100,6 @@ def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
         setattr(settings, name, getattr(args, name))
     settings.scenes_size = args.scenes_size or getattr(trained, "scenes_size", None)
     return settings
-
-
-def checkpoint_tokenizer(payload: dict[str, Any], bert_path: str) -> WordTokenizer:
-    """Return the tokenizer of a checkpoint: its own vocabulary, or that of `bert_path`."""
-    words = payload.get("vocabulary")
-    return load_tokenizer(bert_path) if words is None else WordTokenizer(words, "the checkpoint")
-
-
-def split_tables(split: Split, matrix: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return recalls by the field's names: f30k_1k, coco_1k and coco_5k, scenes."""
-    rows, images = split.caption_image, matrix.shape[0]
-    if split.dataset == "coco" and split.name == "test":
-        tables = {"coco_5k": split_results(matrix, rows)}
-        if images % COCO_FOLDS == 0:
-            tables = {"coco_1k": split_results(matrix, rows, folds=COCO_FOLDS), **tables}
-        return tables
-    name = {"f30k": "f30k_1k", "scenes": "scenes"}.get(split.dataset, split.dataset)
-    if split.name != "test":
-        name = f"{split.dataset}_{split.name}"
-    return {name: split_results(matrix, rows)}
 
 
 def result_facts(

@@ -8,30 +8,22 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from arguments import image_path, parse_train
+from arguments import parse_train, process_settings
 from data import (
-    EvalCaptions,
-    EvalImages,
-    Split,
-    TrainSet,
-    caption_loader,
-    image_loader,
-    load_region_split,
-    load_split,
-    train_loader,
+    load_splits,
+    open_image_cache,
+    prepare_scenes,
+    training_loader,
+    validation_loaders,
 )
 from lib import distributed
-from lib.checkpoint import (
+from lib.checkpoints.checkpoint import (
     BEST,
     LAST,
     load_training_state,
@@ -39,22 +31,17 @@ from lib.checkpoint import (
     model_payload,
     save_payload,
 )
-from lib.engine import Settings, Trainer
+from lib.data.image_cache import ImageCache
+from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError
-from lib.evaluation import SplitLoaders
-from lib.image_cache import ImageCache
-from lib.logs import RunLog
 from lib.methods.base import Method
-from lib.methods.registry import build_model, get_method
-from lib.optim import Schedule, build_optimizer, cosine_decay, step_decay, with_warmup
-from lib.pictures import KeptPatchStrip
-from lib.scenes import generate_scenes
-from lib.similarity import shard
-from lib.splits import hold_out, region_dense_file, region_files
+from lib.methods.registry import build_model
+from lib.retrieval.pictures import first_pairs_strip
+from lib.training.engine import Settings, Trainer
+from lib.training.logs import RunLog, clear_run
+from lib.training.optim import build_optimizer, schedule
+from lib.training.setup import compile_backbones, recompute_backbones, set_seed
 from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
-
-HELD_OUT_IMAGES = 1000  # of the training split, where dev can't choose the checkpoint
-PICTURED_PAIRS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> bool:
     """Train from parsed arguments; return False where a signal stopped it early."""
-    device = start_processes(args)
+    device = distributed.start_processes(**process_settings(args))
     if args.overwrite and args.resume is None:
-        clear_run(Path(args.logger_name))
+        clear_run(args.logger_name, (LAST, BEST))
     log = RunLog(args.logger_name, active=distributed.is_main())
     try:
         return _run(args, device, log)
@@ -99,19 +86,14 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
-    log.say(f"{args.method} on {args.dataset}, {_device_name(device)}")
+    log.say(f"{args.method} on {args.dataset}, {distributed.device_name(device)}")
     cache = open_image_cache(args)
     prepare_scenes(args)
     training, validation = load_splits(args, log)
     tokenizer = training_tokenizer(args, training)
-    set_seed(args.seed)
-    model = build_model(args, tokenizer.vocab_size).to(device)
-    if args.gradient_checkpointing:
-        _recompute_backbones(model)
     state = _saved_state(args)
-    if state is not None:
-        load_weights(Path(args.resume) / LAST, model, state["model"])
-    trainer = build_trainer(args, model, tokenizer, training, validation, device, log, cache)
+    model = _model(args, tokenizer, state, device)
+    trainer = build_trainer(args, model, tokenizer, (training, validation), device, log, cache)
     if distributed.world_size() > 1:
         set_seed(args.seed + distributed.rank())  # dropout and Gumbel noise differ between ranks
     if state is not None:
@@ -131,150 +113,6 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     return finished
 
 
-# --- processes, devices, seeds -----------------------------------------------------------------
-
-
-def start_processes(args: argparse.Namespace) -> torch.device:
-    """Join the other processes where there are any; return this one's device."""
-    cuda = torch.cuda.is_available()
-    if not args.multi_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("torch.distributed.run started several processes: add --multi_gpu 1")
-    if args.multi_gpu:
-        backend = args.dist_backend if cuda else "gloo"
-        if args.world_size > 1 or "RANK" in os.environ:
-            distributed.start(backend, args.dist_url, args.world_size, args.rank)
-        args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    if not cuda:
-        if distributed.is_main():
-            print("no CUDA device: running on the CPU")
-        return torch.device("cpu")
-    index = args.local_rank if args.multi_gpu else args.gpu_id
-    if not 0 <= index < torch.cuda.device_count():
-        raise InputError(
-            f"--gpu-id {index}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
-        )
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    return device
-
-
-def clear_run(folder: Path) -> None:
-    """Remove what a former run left in a folder that is to be written over."""
-    if distributed.is_main():
-        for pattern in (LAST, BEST, "results.json", "args.json", "train.log", "events.out*"):
-            for path in folder.glob(pattern):
-                path.unlink()
-    distributed.barrier()
-
-
-def _device_name(device: torch.device) -> str:
-    processes = distributed.world_size()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"{processes} processes on {name}" if processes > 1 else name
-
-
-def set_seed(seed: int) -> None:
-    """Seed every generator."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _backbones(model: Method) -> Iterator[nn.Module]:
-    for encoder in (model.image_encoder, model.text_encoder):
-        if encoder is not None and hasattr(encoder, "backbone"):
-            yield encoder.backbone
-
-
-def _recompute_backbones(model: Method) -> None:
-    for backbone in _backbones(model):
-        # the new name since transformers 5.23; 4.x has the old one alone
-        new = getattr(backbone, "activation_checkpointing_enable", None)
-        (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _show(bar: tqdm, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
-# --- data --------------------------------------------------------------------------------------
-
-
-def prepare_scenes(args: argparse.Namespace) -> None:
-    """Draw the embedded data set, where it is asked for and not there yet."""
-    if args.dataset != "scenes" or args.precomp:
-        return
-    if distributed.is_main():
-        try:
-            with tqdm(desc="drawing scenes", leave=False, ncols=80) as bar:
-                generate_scenes(
-                    Path(args.data_path) / "scenes",
-                    sizes=tuple(args.scenes_size),
-                    image_size=max(64, min(224, args.img_res)),
-                    progress=lambda done, total: _show(bar, done, total),
-                )
-        except ValueError as error:
-            raise InputError(f"--scenes_size or --img_res: {error}") from None
-    distributed.barrier()
-
-
-def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
-    """Return the training split and the one that chooses the checkpoint.
-
-    Where dev lacks what the method needs, training images are held out in its place, and the log
-    says so. Raises InputError for anything wrong with the files.
-    """
-    needs_dense = get_method(args.method).wants_dense(args) is not None
-    training = read_split(args, "train", needs_dense)
-    missing = _missing_for_validation(args, needs_dense)
-    if args.val_split != "held_out":  # a run that goes on stays with what it held out
-        if missing is None:
-            return training, read_split(args, args.val_split, needs_dense)
-        args.val_split = "held_out"
-    count = min(HELD_OUT_IMAGES, max(1, len(training.image_ids) // 20))
-    log.say(
-        f"{count} training images are held out to choose the checkpoint, as dev has no "
-        f"{missing or 'part in this run'}; with that file there a new run takes the real dev split,"
-        " --val_split test is the official habit"
-    )
-    return hold_out(training, count)
-
-
-def read_split(args: argparse.Namespace, name: str, needs_dense: bool) -> Split:
-    """Return split `name` of `args.dataset`: image files, or with --precomp region features.
-
-    Raises InputError for anything wrong with the files.
-    """
-    if args.precomp:
-        return load_region_split(
-            args.data_path, args.dataset, name, args.region_dim, needs_dense=needs_dense
-        )
-    return load_split(
-        args.data_path,
-        args.dataset,
-        name,
-        image_path=image_path(args),
-        needs_dense=needs_dense,
-        check_images=get_method(args.method).uses_pixels,
-    )
-
-
-def _missing_for_validation(args: argparse.Namespace, needs_dense: bool) -> str | None:
-    """Return the file without which dev can't be used, None where all are there."""
-    if args.val_split == "test":
-        return None
-    folder = Path(args.data_path) / args.dataset
-    needed = [folder / "dev_caps.txt", folder / "dev_ids.txt"]
-    dense = folder / f"{args.dataset}_dev.jsonl"
-    if args.precomp:
-        needed = list(region_files(args.data_path, args.dataset, "dev"))
-        dense = region_dense_file(args.data_path, args.dataset, "dev")
-    if needs_dense:
-        needed.append(dense)
-    return next((str(path) for path in needed if not path.exists()), None)
-
-
 def training_tokenizer(args: argparse.Namespace, training: Split) -> WordTokenizer:
     """Return the tokenizer of --bert_path; for tiny, a vocabulary learnt from training texts."""
     if args.bert_path != "tiny":
@@ -285,73 +123,67 @@ def training_tokenizer(args: argparse.Namespace, training: Split) -> WordTokeniz
     return WordTokenizer(learn_vocabulary([*training.captions, *(training.dense or [])]))
 
 
-def open_image_cache(args: argparse.Namespace) -> ImageCache | None:
-    """Return the cache of --image_cache, None without. Raises InputError for an unfit folder."""
-    return ImageCache(args.image_cache) if args.image_cache else None
-
-
-def validation_loaders(
-    args: argparse.Namespace,
-    split: Split,
-    tokenizer: WordTokenizer,
-    owner: str | None,
-    pin: bool,
-    cache: ImageCache | None = None,
-) -> SplitLoaders:
-    """Return this rank's share of a split, ready for evaluation."""
-    dense_words = args.max_dense_word or args.max_word
-    img_res = args.img_res if get_method(args.method).uses_pixels else None
-    images = EvalImages(split, img_res, tokenizer, dense_words if owner == "image" else None, cache)
-    captions = EvalCaptions(
-        split, tokenizer, args.max_word, dense_words if owner == "caption" else None
-    )
-    workers = min(args.workers, 4)
-    return SplitLoaders(
-        images=image_loader(images, args.batch_size, shard(len(images)), workers, pin),
-        captions=caption_loader(captions, args.batch_size, shard(len(captions)), 0, pin),
-        caption_images=split.caption_image,
-        num_images=len(images),
-        name=split.name,
-    )
-
-
-# --- the trainer -------------------------------------------------------------------------------
+def _model(
+    args: argparse.Namespace, tokenizer: WordTokenizer, state: dict | None, device: torch.device
+) -> Method:
+    """Return the model on its device, with the weights of the run that goes on."""
+    set_seed(args.seed)
+    model = build_model(args, tokenizer.vocab_size).to(device)
+    if args.gradient_checkpointing:
+        recompute_backbones(model)
+    if state is not None:
+        load_weights(Path(args.resume) / LAST, model, state["model"])
+    return model
 
 
 def build_trainer(
     args: argparse.Namespace,
     model: Method,
     tokenizer: WordTokenizer,
-    training: Split,
-    validation: Split,
+    splits: tuple[Split, Split],
     device: torch.device,
     log: RunLog,
     cache: ImageCache | None = None,
 ) -> Trainer:
-    """Return the trainer with loaders, optimizer and schedule as the flags say."""
-    pin = device.type == "cuda"
-    dense_words = args.max_dense_word or args.max_word
-    dataset = TrainSet(
-        training,
-        tokenizer,
-        args.img_res if model.uses_pixels else None,
-        args.max_word,
-        augment_images=bool(args.image_augment),
-        augment_words=bool(args.size_augment),
-        seed=args.seed,
-        max_dense_word=dense_words if model.dense_owner is not None else None,
-        cache=cache,
-    )
-    ranks = {"rank": distributed.rank(), "world": distributed.world_size()}
-    batches = train_loader(dataset, args.batch_size, args.workers, pin, **ranks)
-    steps_per_epoch = -(-len(batches) // args.grad_accum)  # the rest of an epoch is a step too
+    """Return the trainer on `splits` (training, validation), as the flags say."""
+    training, validation = splits
+    reading = (tokenizer, model.dense_owner, device.type == "cuda", cache)
+    batches = training_loader(args, training, *reading)
+    loaders = validation_loaders(args, validation, *reading)
     optimizer = build_optimizer(
         model, args.learning_rate, args.backbone_lr_ratio, args.weight_decay, args.beta2
     )
     if args.compile:
-        _compile_backbones(model)
-    loaders = validation_loaders(args, validation, tokenizer, model.dense_owner, pin, cache)
+        compile_backbones(model)
     pictured = model.uses_pixels and not args.precomp  # regions are no picture
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule(
+            args.lr_policy,
+            -(-len(batches) // args.grad_accum),  # the rest of an epoch is a step too
+            args.num_epochs,
+            args.lr_schedules,
+            args.decay_rate,
+            args.lr_warmup_steps,
+        ),
+        train_batches=batches.batches,
+        batches_per_epoch=len(batches),
+        pairs_per_batch=args.batch_size * distributed.world_size(),
+        image_names=training.image_ids,
+        validation=loaders,
+        settings=Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__}),
+        device=device,
+        log=log,
+        save=_saver(args, tokenizer, device),
+        picture=first_pairs_strip(loaders, validation.captions, device) if pictured else None,
+    )
+
+
+def _saver(
+    args: argparse.Namespace, tokenizer: WordTokenizer, device: torch.device
+) -> Callable[[str, Trainer], None]:
+    """Return what writes a checkpoint into the run folder; every rank calls it."""
 
     def save(name: str, trainer: Trainer) -> None:
         payload = _payload(args, tokenizer, trainer, name)  # collective: every rank's random state
@@ -364,35 +196,7 @@ def build_trainer(
         if not distributed.all_true(error is None, device):
             raise error or OSError("the process of rank 0 could not write the checkpoint")
 
-    return Trainer(
-        model=model,
-        optimizer=optimizer,
-        schedule=build_schedule(args, steps_per_epoch),
-        train_batches=batches.batches,
-        batches_per_epoch=len(batches),
-        pairs_per_batch=args.batch_size * distributed.world_size(),
-        image_names=training.image_ids,
-        validation=loaders,
-        settings=Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__}),
-        device=device,
-        log=log,
-        save=save,
-        picture=_strip(validation, loaders, device) if pictured else None,
-    )
-
-
-def build_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """Return the learning-rate factor over steps."""
-    if args.lr_policy == "cosine":
-        schedule = cosine_decay(args.num_epochs * steps_per_epoch)
-    else:
-        schedule = step_decay(steps_per_epoch, args.lr_schedules, args.decay_rate)
-    return with_warmup(schedule, args.lr_warmup_steps)
-
-
-def _compile_backbones(model: Method) -> None:
-    for backbone in _backbones(model):
-        backbone.compile(dynamic=True)  # in place, so that the weights keep their names
+    return save
 
 
 def _payload(
@@ -412,15 +216,6 @@ def _payload(
     if name == LAST:
         payload["training"] = trainer.training_state()
     return payload
-
-
-def _strip(validation: Split, loaders: SplitLoaders, device: torch.device) -> KeptPatchStrip | None:
-    """Return what draws the first images of the split, each with its first caption."""
-    rows = range(min(PICTURED_PAIRS, len(validation.image_ids)))
-    captions = [int(np.flatnonzero(validation.caption_image == row)[0]) for row in rows]
-    images = loaders.images.first(rows)
-    texts = loaders.captions.first(captions)
-    return KeptPatchStrip(images, texts, [validation.captions[j] for j in captions], device)
 
 
 # --- going on with a run -----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import BertWordPieceTokenizer, Tokenizer
@@ -116,6 +117,12 @@ def load_tokenizer(bert_path: str, vocab_file: str | os.PathLike | None = None) 
     if folder.exists() or bert_path[:1] in (".", "/", "~"):
         return WordTokenizer(_local_tokens(folder, bert_path), f"--bert_path {bert_path}")
     return WordTokenizer(_hub_tokens(bert_path), f"--bert_path {bert_path}")
+
+
+def checkpoint_tokenizer(payload: dict[str, Any], bert_path: str) -> WordTokenizer:
+    """Return the tokenizer of a checkpoint: its own vocabulary, or that of `bert_path`."""
+    words = payload.get("vocabulary")
+    return load_tokenizer(bert_path) if words is None else WordTokenizer(words, "the checkpoint")
 
 
 def learn_vocabulary(lines: Iterable[str], size: int = 8000) -> list[str]:

@@ -59,6 +59,48 @@ def start(backend: str, url: str = "env://", world: int = -1, this_rank: int = -
         ) from None
 
 
+def start_processes(
+    multi_gpu: bool,
+    gpu_id: int = 0,
+    world: int = 1,
+    this_rank: int = 0,
+    local_rank: int = 0,
+    backend: str = "nccl",
+    url: str = "env://",
+) -> torch.device:
+    """Join the other processes where there are any; return this one's device.
+
+    torchrun's environment goes before `world`, `this_rank` and `local_rank`; gloo takes the place
+    of `backend` where there is no CUDA device. Raises InputError where the processes do not find
+    each other, or the device is not there.
+    """
+    cuda = torch.cuda.is_available()
+    if not multi_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torch.distributed.run started several processes: add --multi_gpu 1")
+    if multi_gpu:
+        if world > 1 or "RANK" in os.environ:
+            start(backend if cuda else "gloo", url, world, this_rank)
+        local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
+    if not cuda:
+        if is_main():
+            print("no CUDA device: running on the CPU")
+        return torch.device("cpu")
+    index = local_rank if multi_gpu else gpu_id
+    if not 0 <= index < torch.cuda.device_count():
+        raise InputError(
+            f"--gpu-id {index}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a log calls the processes and their device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{world_size()} processes on {name}" if world_size() > 1 else name
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig, ViTModel
 
-from lib.scenes import generate_scenes
+from lib.data.scenes.generate import generate_scenes
 from vocab import WordTokenizer, learn_vocabulary
 
 torch.set_num_threads(2)

@@ -15,8 +15,8 @@ import pytest
 import eval as evaluation
 import train
 from arguments import parse_eval, parse_train
-from lib import encoders
 from lib.errors import InputError
+from lib.model import encoders
 
 ROOT = Path(__file__).resolve().parent.parent
 

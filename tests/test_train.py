@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval as evaluation
 import train
-from lib.checkpoint import load_model
+from lib.checkpoints.checkpoint import load_model
 from lib.methods.registry import method_names
-from lib.metrics import recall_metrics
+from lib.retrieval.metrics import recall_metrics
 from tests.helpers import encode, pair_inputs, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

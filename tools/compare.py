@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from arguments import DATASET_DEFAULTS, int_list, parse_train
-from lib import comparison
-from lib.checkpoint import BEST, load_model, plain_arguments
-from lib.comparison import FinishedRun, Row, last_line, read_json, write_json, write_whole
+from lib.checkpoints.checkpoint import BEST, load_model, plain_arguments
 from lib.errors import InputError
+from lib.files import read_json, write_json, write_text_whole
 from lib.methods.registry import method_names
+from lib.retrieval import comparison
+from lib.retrieval.comparison import FinishedRun, Row, last_line
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE, LOG = "compare.json", "output.log"
@@ -319,7 +320,7 @@ class Comparison:
             self.kind.splits,
             self.kind.recalls,
         )
-        write_whole(self.out / "README.md", page)
+        write_text_whole(self.out / "README.md", page)
 
     def _chart(self, groups: dict, title: str) -> str | None:
         if not groups:

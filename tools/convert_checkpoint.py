@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.checkpoint import model_payload, restore_model, save_payload
+from lib.checkpoints.checkpoint import model_payload, restore_model, save_payload
+from lib.checkpoints.payloads import SAFETENSORS, read_payload, write_safetensors
 from lib.errors import InputError
-from lib.payloads import SAFETENSORS, read_payload, write_safetensors
 from vocab import load_tokenizer
 
 

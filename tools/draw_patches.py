@@ -11,14 +11,14 @@ import cv2
 import numpy as np
 import torch
 
-from eval import checkpoint_tokenizer
+from data import read_split, validation_loaders
 from lib.batch import Batch
-from lib.checkpoint import restore_model
+from lib.checkpoints.checkpoint import restore_model
+from lib.checkpoints.payloads import read_payload
 from lib.errors import InputError
 from lib.methods.base import Method
-from lib.payloads import read_payload
-from lib.pictures import beside, kept_overlay, rgb_image, with_caption
-from train import read_split, validation_loaders
+from lib.retrieval.pictures import beside, kept_overlay, rgb_image, with_caption
+from vocab import checkpoint_tokenizer
 
 SIDE = 224
 

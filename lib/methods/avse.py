@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lib.batch import Tokens
-from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
-from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
-from lib.pooling import GPO, TokenHead
-from lib.slimming import full_precision
+from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.model.losses import AlignmentLoss
+from lib.model.pooling import GPO, TokenHead
+from lib.model.precision import full_precision
 
 VIEWS = 2
 OFF_DIAGONAL_WEIGHT = 0.0051

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib import kernels
-from lib.alignment import best_affinities, mean_of_best
 from lib.batch import Batch, Tokens, length_buckets
 from lib.distributed import gather_rows, gather_sizes, gather_tokens, rank
-from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
-from lib.losses import AlignmentLoss, ratio_loss
-from lib.slimming import LapsNetwork, summarise_text
+from lib.model import kernels
+from lib.model.alignment import best_affinities, mean_of_best
+from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.model.losses import AlignmentLoss, ratio_loss
+from lib.model.slimming import LapsNetwork, summarise_text
 
 Prepared = dict[str, Tensor]
 CAPTIONS_WITHOUT_GRAPH = 256  # of a chunk
@@ -278,17 +278,21 @@ class Method(nn.Module):
         return {key: value[:, places] for key, value in maps.items()}
 
     @property
+    def is_fused(self) -> bool:
+        """Return whether the kernel scores the pairs now: never with a graph or in training."""
+        return False
+
+    @property
     def most_pairs(self) -> int:
         """Return how many pairs `score` is given at once."""
-        return self.shard_size**2
+        return kernels.PAIRS if self.is_fused else self.shard_size**2
 
     def pair_scores(self, images: Prepared, texts: Tokens, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the similarity of the pairs (rows[p], columns[p]) alone, (P,)."""
         prepared = self.prepare_texts(texts)
 
         def one_pair(image: Prepared, text: Prepared) -> Tensor:
-            pair = ({key: value[None] for key, value in one.items()} for one in (image, text))
-            return self.score(*pair)["similarity"][0, 0]
+            return self.score(_rows_of(image, None), _rows_of(text, None))["similarity"][0, 0]
 
         def scores(rows: Tensor, columns: Tensor) -> Tensor:
             return torch.vmap(one_pair)(_rows_of(images, rows), _rows_of(prepared, columns))
@@ -425,11 +429,11 @@ class LapsFamily(Method):
         return self.detach_patches
 
     @property
-    def most_pairs(self) -> int:
-        return kernels.PAIRS if self._is_fused(self.network.head.scale) else super().most_pairs
+    def is_fused(self) -> bool:
+        return not self.training and kernels.serves(self.network.head.scale)
 
     def prepare_images(self, images: Tokens) -> Prepared:
-        return self.network.prepare(self.patches_of(images), images.cls)
+        return self.network.prepare(self.patches_of(images), images.cls, fused=self.is_fused)
 
     def patches_of(self, images: Tokens) -> Tensor:
         """Return the patches (B_v, L, C), without gradient where the flag says so."""
@@ -442,23 +446,23 @@ class LapsFamily(Method):
         masks = texts["word_mask"].new_ones(1), texts["word_mask"]  # every token is real
         return {"similarity": mean_of_best(*self._best(images, texts, *masks), *masks)}
 
-    def _is_fused(self, like: Tensor) -> bool:
-        """Return whether the kernel scores pairs on this tensor's device now: in evaluation."""
-        return not self.training and kernels.serves(like)
-
     def _best(
         self, images: Prepared, texts: Prepared, token_mask: Tensor, word_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each word's best token and each token's best word, (B_v, T, M) and (B_v, T, N)."""
-        patches, words = images["patches"], texts["words"]
-        if not self._is_fused(patches):
-            cosines = self.network.tokens(images, texts["global"]).products(words)
+        if not self.is_fused:
+            cosines = self.network.tokens(images, texts["global"]).products(texts["words"])
             return best_affinities(cosines, token_mask, word_mask)
-        scores = self.network.scores(images, texts["global"])
-        fixed = images.get("cls", patches[:, :0])
-        real = fixed.new_ones(fixed.shape[:2], dtype=torch.bool)
+        fixed = images["fixed"]
         return kernels.fused_matches(
-            scores, images["logits"], patches, words, word_mask, fixed, real, self.network.kept
+            self.network.scores(images, texts["global"]),
+            images["logits"],
+            images["patches"],
+            texts["words"],
+            word_mask,
+            fixed,
+            fixed.new_ones(fixed.shape[:2], dtype=torch.bool),
+            self.network.kept,
         )
 
     def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
@@ -480,7 +484,7 @@ def _without_graph(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _rows_of(prepared: Prepared, rows: Tensor) -> Prepared:
+def _rows_of(prepared: Prepared, rows: Tensor | slice | None) -> Prepared:
     return {key: value[rows] for key, value in prepared.items()}
 
 
@@ -492,7 +496,4 @@ def _stacked(parts: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
 
 def _chunks(prepared: Prepared, size: int) -> list[Prepared]:
     length = len(next(iter(prepared.values())))
-    return [
-        {key: value[first : first + size] for key, value in prepared.items()}
-        for first in range(0, length, size)
-    ]
+    return [_rows_of(prepared, slice(first, first + size)) for first in range(0, length, size)]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.alignment import masked_average
 from lib.batch import Tokens
-from lib.encoders import EncoderSource
-from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
+from lib.model.alignment import masked_average
+from lib.model.encoders import EncoderSource
+from lib.model.losses import AlignmentLoss
 
 
 @register_method("chan")

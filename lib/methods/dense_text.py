@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lib.alignment import DenseMatch
 from lib.batch import Tokens
-from lib.encoders import EncoderSource, TextEncoder
-from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
+from lib.model.alignment import DenseMatch
+from lib.model.encoders import EncoderSource, TextEncoder
+from lib.model.losses import AlignmentLoss
 
 
 @register_method("dense_text")

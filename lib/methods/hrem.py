@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lib.batch import Tokens
-from lib.encoders import EncoderSource, ImageEncoder, RegionEncoder, TextEncoder
 from lib.errors import InputError
-from lib.graph import InstanceGraph, cross_matches, transformer_layer
-from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
-from lib.pooling import TokenHead, max_k_pool
-from lib.slimming import full_precision, masked_mean
+from lib.model.encoders import EncoderSource, ImageEncoder, RegionEncoder, TextEncoder
+from lib.model.graph import InstanceGraph, cross_matches, transformer_layer
+from lib.model.losses import AlignmentLoss
+from lib.model.pooling import TokenHead, max_k_pool
+from lib.model.precision import full_precision
+from lib.model.slimming import masked_mean
 
 POOLED_VALUES = 2  # k of max-k pooling
 RESIDUAL = 0.8  # share of the features themselves in an embedding; the rest is their relations'

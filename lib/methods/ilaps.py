@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.alignment import attention_mean, threshold_mean
 from lib.batch import Tokens
-from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
-from lib.losses import AlignmentLoss
 from lib.methods.base import LapsFamily, Prepared
 from lib.methods.registry import register_method
-from lib.slimming import WordSelection
+from lib.model.alignment import attention_mean, threshold_mean
+from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.model.losses import AlignmentLoss
+from lib.model.slimming import WordSelection
 
 SIMILARITIES = ("max", "attn", "thres")
 STRATEGIES = ("ratio", "score")
@@ -116,9 +116,14 @@ class ImprovedLAPS(LapsFamily):
     def may_leave_unused(self) -> bool:
         return super().may_leave_unused or self.word_selection is not None
 
+    @property
+    def is_fused(self) -> bool:
+        return self.similarity_kind == "max" and super().is_fused
+
     def prepare_images(self, images: Tokens) -> Prepared:
         embeddings = images.cls[:, 0] if self.cls_as_global else None  # (B_v, C)
-        return self.network.prepare(self.patches_of(images), images.cls, embeddings)
+        patches = self.patches_of(images)
+        return self.network.prepare(patches, images.cls, embeddings, fused=self.is_fused)
 
     def prepare_texts(self, texts: Tokens) -> Prepared:
         prepared = super().prepare_texts(texts)
@@ -130,9 +135,6 @@ class ImprovedLAPS(LapsFamily):
         if self.word_selection is not None:
             prepared["word_mask"] = self.word_selection(prepared["words"], texts.mask)
         return prepared
-
-    def _is_fused(self, like: Tensor) -> bool:
-        return self.similarity_kind == "max" and super()._is_fused(like)
 
     def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
         if self.similarity_kind == "max":

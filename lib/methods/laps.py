@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from lib.encoders import EncoderSource
-from lib.losses import AlignmentLoss
 from lib.methods.base import LapsFamily
 from lib.methods.registry import register_method
+from lib.model.encoders import EncoderSource
+from lib.model.losses import AlignmentLoss
 
 
 @register_method("laps")

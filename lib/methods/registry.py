@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from lib.encoders import EncoderSource
 from lib.errors import InputError
 from lib.methods.base import Method, add_common_arguments
+from lib.model.encoders import EncoderSource
 
 _METHODS: dict[str, type[Method]] = {}
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
-from lib.alignment import NEGATIVE_SLOPE, masked_average
 from lib.batch import Tokens
-from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
-from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
-from lib.slimming import full_precision
+from lib.model.alignment import NEGATIVE_SLOPE, masked_average
+from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.model.losses import AlignmentLoss
+from lib.model.precision import full_precision
 
 TINY = 1e-8
 

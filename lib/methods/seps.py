@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from lib import kernels
-from lib.alignment import DenseMatch, Relevance, best_affinities, relevance_aware
 from lib.batch import Tokens
-from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.errors import InputError
-from lib.gram import PairTokens, PatchSums, unit
-from lib.losses import AlignmentLoss, ratio_loss
 from lib.methods.base import Method, Prepared, check_slimming
 from lib.methods.registry import register_method
-from lib.slimming import (
+from lib.model import kernels
+from lib.model.alignment import DenseMatch, Relevance, best_affinities, relevance_aware
+from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.model.gram import PairTokens, PatchSums, unit
+from lib.model.losses import AlignmentLoss, ratio_loss
+from lib.model.slimming import (
     AggregationHead,
     PatchScore,
     aggregated_count,
@@ -33,6 +32,7 @@ from lib.slimming import (
     peak_weights,
     selected_softmax,
     selected_sums,
+    summarise_text,
     top_k_mask,
 )
 
@@ -148,9 +148,9 @@ class SEPS(Method):
         return self.detach_patches or self.kept == self.image_encoder.num_patches
 
     @property
-    def most_pairs(self) -> int:
-        fused = self._is_fused(self.sparse_head.scale)
-        return kernels.PAIRS if fused else super().most_pairs
+    def is_fused(self) -> bool:
+        eligible = self.guide != "caption" and not self.training
+        return eligible and kernels.serves(self.sparse_head.scale)
 
     @property
     def scores_repeat(self) -> bool:
@@ -164,17 +164,22 @@ class SEPS(Method):
             s_im = min_max(own_scores(patches, masked_mean(patches, images.mask)))
         # the part of eq. 3 that no text changes, for both branches
         base = (1 - 2 * self.beta) * self.patch_score(patches) + self.beta * s_im  # (B_v, L)
-        prepared = {"patches": patches, "base": base} | aggregation(self.sparse_head, patches)
-        fixed = [] if images.cls is None else [unit(images.cls)]
+        prepared = {"patches": patches, "base": base}
+        prepared |= aggregation(self.sparse_head, patches, self.is_fused)
+        fixed = [patches[:, :0]] if images.cls is None else [images.cls]
         if self.guide == "caption":
             logits = self.dense_head(patches)
             peaks = peak_weights(logits)
             prepared |= {"dense_logits": logits} | ({} if peaks is None else {"dense_peaks": peaks})
         if self.guide == "image":
             prepared |= self._image_dense(patches, base, images.dense)
-            fixed.append(unit(prepared.pop("dense_fused")))
-        if fixed:
-            prepared["fixed"] = torch.cat([one.to(fixed[0].dtype) for one in fixed], 1)
+            fixed.append(prepared.pop("dense_fused"))
+        # what no caption changes: v_cls, the dense branch's fused token where it dropped anything
+        prepared["fixed"] = unit(torch.cat(fixed, 1))  # (B_v, F, C)
+        real = [fixed[0].new_ones(fixed[0].shape[:2], dtype=torch.bool)]
+        if self.guide == "image":
+            real.append(prepared.pop("dense_drops"))
+        prepared["fixed_mask"] = torch.cat(real, 1)  # (B_v, F)
         if self.dense_match is not None:
             prepared.update(self.dense_match.prepare(images.dense))
         return prepared
@@ -194,11 +199,7 @@ class SEPS(Method):
         }
 
     def prepare_texts(self, texts: Tokens) -> Prepared:
-        prepared = {
-            "words": normalize(texts.local, dim=-1),
-            "word_mask": texts.mask,
-            "global": masked_mean(texts.local, texts.mask).detach(),
-        }
+        prepared = summarise_text(texts.local, texts.mask)
         if self.guide == "caption":
             prepared["dense_global"] = masked_mean(texts.dense.local, texts.dense.mask).detach()
         if self.dense_match is not None:
@@ -224,7 +225,7 @@ class SEPS(Method):
         maps = {}
         if self.guide == "image":
             maps["kept_dense"] = images["dense_kept"].expand(shape)
-        if self._is_fused(images["patches"]):
+        if self.is_fused:
             maps["kept_sparse"] = images["base"].new_full(shape, self.kept_share)
             return *self._fused_matches(images, texts), maps
         sparse = self._branch(images, texts["global"], "")
@@ -239,16 +240,11 @@ class SEPS(Method):
             sums.append(dense.dropped)
             masks.append(dense.drops[..., None])
         masks.insert(0, sparse.drops.new_ones(*shape, sums[0].weights.shape[2]))
-        if "fixed" in images:
-            masks.append(self._fixed_mask(images)[:, None].expand(*shape, -1))
-        tokens = PairTokens(images["patches"], sums, images.get("fixed"), images.get("gram"))
+        masks.append(images["fixed_mask"][:, None].expand(*shape, -1))
+        tokens = PairTokens(images["patches"], sums, images["fixed"], images.get("gram"))
         token_mask = torch.cat(masks, 2)
         cosines = tokens.products(texts["words"])
         return best_affinities(cosines, token_mask, texts["word_mask"]), token_mask, maps
-
-    def _is_fused(self, like: Tensor) -> bool:
-        """Return whether the kernel scores pairs on this device: in evaluation, without oracle."""
-        return self.guide != "caption" and not self.training and kernels.serves(like)
 
     def _fused_matches(
         self, images: Prepared, texts: Prepared
@@ -261,14 +257,14 @@ class SEPS(Method):
             patches,
             texts["words"],
             texts["word_mask"],
-            images.get("fixed", patches[:, :0]),
-            self._fixed_mask(images),
+            images["fixed"],
+            images["fixed_mask"],
             self.kept,
             added=added,
             fused_counts=False,
         )
         drops = self.kept < patches.shape[1]
-        mask = kernels.token_mask(self._fixed_mask(images), logits.shape[1], drops)
+        mask = kernels.token_mask(images["fixed_mask"], logits.shape[1], drops)
         return best, mask
 
     def _significance(self, images: Prepared, embeddings: Tensor) -> Tensor:
@@ -288,14 +284,6 @@ class SEPS(Method):
             kept=decision.to(significance.dtype).mean(-1),
             drops=_drops_any(decision),
         )
-
-    def _fixed_mask(self, images: Prepared) -> Tensor:
-        """Return which of the tokens that no caption changes are real, (B_v, F)."""
-        patches = images["patches"]
-        mask = patches.new_ones(images.get("fixed", patches[:, :0]).shape[:2], dtype=torch.bool)
-        if self.guide == "image":
-            mask = torch.cat([mask[:, :-1], images["dense_drops"]], 1)
-        return mask
 
     @property
     def kept_share(self) -> float:

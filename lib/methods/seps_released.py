@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lib.batch import Tokens, length_mask
-from lib.encoders import EncoderSource
-from lib.losses import AlignmentLoss
 from lib.methods.base import LapsFamily, Prepared
 from lib.methods.registry import register_method
+from lib.model.encoders import EncoderSource
+from lib.model.losses import AlignmentLoss
 
 
 @register_method("seps_released")

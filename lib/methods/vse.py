@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib.batch import Tokens
-from lib.encoders import EncoderSource, ImageEncoder, TextEncoder
-from lib.losses import AlignmentLoss
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
-from lib.pooling import GPO
-from lib.slimming import full_precision, masked_mean
+from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.model.losses import AlignmentLoss
+from lib.model.pooling import GPO
+from lib.model.precision import full_precision
+from lib.model.slimming import masked_mean
 
 Pooling = Callable[[Tensor, Tensor], Tensor]  # tokens (B, N, C), mask (B, N) -> (B, C)
 

@@ -7,14 +7,13 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch loads, as in train.py
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.comparison import write_json
 from lib.errors import InputError
+from lib.files import write_json
 from tools.benchmark import evaluate, input, lengths, report, similarity, step
 from tools.benchmark.measure import torch_device
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(report.page(found))
     if args.json:
-        write_json(Path(args.json), json.loads(json.dumps(found, default=str)))
+        write_json(Path(args.json), found)
         print(f"written to {args.json}")
     return 0
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.batch import Tokens, length_mask
-from lib.losses import AlignmentLoss
 from lib.methods.base import Method
 from lib.methods.registry import get_method
-from lib.precision import DTYPES, autocast_for
-from lib.slimming import aggregated_count, kept_count
+from lib.model.losses import AlignmentLoss
+from lib.model.precision import DTYPES, autocast_for
+from lib.model.slimming import aggregated_count, kept_count
 from tools.benchmark.lengths import draw_lengths
 from tools.benchmark.loop import LOOPS
 
@@ -170,10 +170,10 @@ def least_work(case: Case) -> tuple[float, float]:
     A pair in the direct form forms its N_c tokens of K kept patches, then their products with M
     words: 2·N_c·K·C + 2·N·C·M. In the Gram form the products of words with all L patches and of
     patches among themselves (once an image) stand for it: 2·L·C·M + N_c·K² + 2·N_c·K·M, a norm
-    taking half of a symmetric matrix. Either
-    way the patch scores cost 2·L·C. The smaller counts. The dense branch of SEPS, once an image, is
-    left out. A pair that carries gradient costs three times as much: of B² pairs all do under the
-    sum over negatives, 3·B under the hardest. Bytes: tokens read once, the matrix written once.
+    taking half of a symmetric matrix. Either way the patch scores cost 2·L·C. The smaller counts.
+    The dense branch of SEPS, once an image, is left out. A pair that carries gradient costs three
+    times as much: of B² pairs all do under the sum over negatives, 3·B under the hardest. Bytes:
+    tokens read once, the matrix written once.
     """
     words = sum(case.lengths) / case.captions
     flops = pair_flops(case.patches, words, case.embed_size)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from lib.batch import Batch, Tokens
-from lib.evaluation import SplitLoaders, split_similarity
 from lib.methods.base import Method
-from lib.precision import autocast_for
-from lib.similarity import TEXTS_AT_ONCE, similarity_matrix
+from lib.model.precision import autocast_for
+from lib.retrieval.evaluation import SplitLoaders, split_similarity
+from lib.retrieval.similarity import TEXTS_AT_ONCE, similarity_matrix
 from tools.benchmark.cases import Case, call_of, fewer_captions, least_work
 from tools.benchmark.loop import LOOPS
 from tools.benchmark.measure import (
@@ -208,7 +208,7 @@ def scoring_row(method: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score_all(case: Case) -> Callable[[], np.ndarray]:
-    """Return the scoring of all pairs by `lib.similarity`, on tokens batched as encoding does."""
+    """Return the scoring of all pairs by lib/retrieval, on tokens batched as encoding does."""
     model, batches = case.model(), {"images": [], "captions": []}
     for side, count in (("images", case.images), ("captions", case.captions)):
         for number, part in enumerate(parts_of(count)):

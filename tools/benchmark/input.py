@@ -18,15 +18,15 @@ import torch
 from PIL import Image  # torchvision needs it: it is there
 from torchvision import transforms
 
-from data import ImageFolderSource
-from lib.image_cache import ImageCache
-from lib.images import CROP_SCALE
+from lib.data.image_cache import ImageCache
+from lib.data.images import CROP_SCALE
+from lib.data.sources import ImageFolderSource
+from lib.model.encoders import IMAGENET_MEAN, IMAGENET_STD
 from tools.benchmark.measure import check_at_least_one, side_by_side
 from tools.benchmark.report import judge
 
 WIDTH, HEIGHT, QUALITY = 640, 480, 90  # about 100 KB an image, as photographs have
 IMG_RES = 224
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BARS = {"ours": {"ratio": 2}, "cache": {"ratio": 10}}
 
 
@@ -97,7 +97,7 @@ def field_transform(train: bool) -> transforms.Compose:
     if train:
         crop = transforms.RandomResizedCrop(IMG_RES, scale=CROP_SCALE, interpolation=bicubic)
         size = [crop, transforms.RandomHorizontalFlip()]
-    to_float = [transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
+    to_float = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     return transforms.Compose([*size, *to_float])
 
 

@@ -14,12 +14,12 @@ Mean length of a caption 14.2, of a dense text 116.8.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lib.data.splits import parse_dense, text_lines
 from lib.errors import InputError
 from vocab import load_tokenizer
 
@@ -88,21 +88,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def read_texts(path: Path) -> list[str]:
     """Return the texts of a caption file or of a .jsonl file. Raises InputError with the line."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no text file that can be read ({error})") from None
+    hint = "give a file with captions or dense texts"
+    lines = [line.strip() for line in text_lines(path, hint)]
     if path.suffix != ".jsonl":
         texts = [line for line in lines if line]
     else:
-        texts = [_dense_text(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line]
+        records = (parse_dense(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line)
+        texts = [record["text"].strip() for record in records]
     if not texts:
-        raise InputError(f"{path} is empty; give a file with captions or dense texts")
+        raise InputError(f"{path} is empty; {hint}")
     return texts
-
-
-def _dense_text(line: str, where: str) -> str:
-    try:
-        return json.loads(line)["text"].strip()
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f'{where}: each line needs a JSON object with a "text"') from None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lib.errors import InputError
-from lib.precision import DTYPES
+from lib.model.precision import DTYPES
 
 MEBI = 2**20
 PATIENCE = 0.2  # seconds of a product beyond which no larger one is tried

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lib.comparison import machine_name
+from lib.retrieval.comparison import machine_name
 
 WIDTH = 110
 # what a bar speaks of: how it is told, and how it is found in a row

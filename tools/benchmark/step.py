@@ -20,8 +20,8 @@ from transformers import BertConfig, ViTConfig
 from lib.batch import Batch
 from lib.methods.base import Method
 from lib.methods.registry import build_model, model_defaults
-from lib.optim import build_optimizer
-from lib.precision import autocast_for
+from lib.model.precision import autocast_for
+from lib.training.optim import build_optimizer
 from tools.benchmark.cases import Case, least_work, loop_memory
 from tools.benchmark.lengths import draw_lengths
 from tools.benchmark.loop import LOOPS

@@ -1,0 +1,192 @@
+"""Checkpoints: tensors and plain data only, written so that a crash leaves the old one whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from lib.checkpoints.official import canonical_name, check_complete, is_official, load_official
+from lib.checkpoints.payloads import read_payload
+from lib.errors import InputError
+from lib.methods import registry
+from lib.methods.base import Method
+
+LAST, BEST = "checkpoint_last.pth", "model_best.pth"  # names in a run folder
+FORMAT = "seps-checkpoint"
+VERSION = 1
+
+
+def save_payload(path: str | Path, payload: dict[str, Any]) -> None:
+    """Write `payload` to a temporary file in the same folder, flush it, then rename it to `path`.
+
+    Raises OSError where it can't be written whole; the file that was at `path` is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")  # one name: a crash leaves at most one
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch turns a failed write into RuntimeError
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({_reason(error)}); "
+            "the one before it is whole: free some space, then go on with --resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut, where the system allows it."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def model_payload(
+    model: Method, args: argparse.Namespace, vocabulary: list[str] | None, **facts: Any
+) -> dict[str, Any]:
+    """Return what rebuilds the model anywhere, without a model hub: weights, flags, configs, words.
+
+    `facts` are plain values that describe the moment: epoch, step, best_rsum, val_split.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "transformers": transformers.__version__,
+        "method": model.name,
+        "args": plain_arguments(args),
+        "image_config": _config(model.image_encoder),
+        "text_config": _config(model.text_encoder),
+        "vocabulary": vocabulary,
+        "model": model.state_dict(),
+        **facts,
+    }
+
+
+def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as JSON-able values."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def _config(encoder: nn.Module | None) -> dict | None:
+    backbone = getattr(encoder, "backbone", None)
+    config = getattr(backbone, "config", None)
+    return None if config is None else json.loads(config.to_json_string(use_diff=False))
+
+
+def load_model(
+    path: str | Path,
+    method: str | None = None,
+    vit_path: str | None = None,
+    bert_path: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Method, argparse.Namespace]:
+    """Return (model in evaluation mode, its arguments) from our own or an official checkpoint.
+
+    Official files need `method` ("laps", "seps_released" or "ilaps"); `vit_path` and `bert_path`
+    are folders with the backbones' config.json, which spare the model hub. Nothing pickled is ever
+    executed. Raises InputError where the file can't be read, or a weight is missing or left over.
+    """
+    return restore_model(path, read_payload(path), method, vit_path, bert_path, device)
+
+
+def restore_model(
+    path: str | Path,
+    payload: dict[str, Any],
+    method: str | None = None,
+    vit_path: str | None = None,
+    bert_path: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Method, argparse.Namespace]:
+    """Return what `load_model` does, from a `payload` already read; `path` is for its messages."""
+    if is_official(payload):
+        model, args = load_official(payload, method, vit_path, bert_path)
+    else:
+        model, args = _load_own(path, payload, method, vit_path, bert_path)
+    return model.to(device).eval(), args
+
+
+def _load_own(
+    path: str | Path,
+    payload: dict,
+    method: str | None,
+    vit_path: str | None,
+    bert_path: str | None,
+) -> tuple[Method, argparse.Namespace]:
+    _check_format(path, payload)
+    if method is not None and method != payload["method"]:
+        raise InputError(f"{path} holds a {payload['method']} model; leave out --method {method}")
+    args = merged_arguments(payload)
+    image_config, text_config = payload["image_config"], payload["text_config"]
+    if vit_path:
+        image_config = AutoConfig.from_pretrained(vit_path).to_dict()
+    if bert_path:
+        text_config = AutoConfig.from_pretrained(bert_path).to_dict()
+    vocab_size = text_config["vocab_size"] if text_config else len(payload["vocabulary"])
+    model = registry.build_model(args, vocab_size, image_config, text_config)
+    load_weights(path, model, payload["model"])
+    model.set_hard_negatives(bool(payload.get("hard_negatives", False)))
+    return model, args
+
+
+def _check_format(path: str | Path, payload: dict) -> None:
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise InputError(f"{path} is neither one of our checkpoints nor an official one")
+    if payload["version"] > VERSION:
+        raise InputError(
+            f"{path} was written in version {payload['version']} of the format; "
+            f"this program reads up to version {VERSION}: update it"
+        )
+
+
+def merged_arguments(payload: dict) -> argparse.Namespace:
+    """Return the checkpoint's arguments over the defaults of flags younger than it."""
+    args = registry.model_defaults()
+    vars(args).update(payload["args"])
+    args.method = payload["method"]
+    return args
+
+
+def load_weights(path: str | Path, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load a state dict in which every key and shape must agree. Raises InputError naming them.
+
+    Backbone keys may be those of another release of transformers.
+    """
+    own = model.state_dict()
+    if state.keys() != own.keys():
+        names = {canonical_name(key): key for key in own}
+        state = {names.get(canonical_name(key), key): value for key, value in state.items()}
+    extra = [key for key in state if key not in own]
+    check_complete(state, own, extra, f"{path}: the weights do not fit this model ({{}})")
+    model.load_state_dict(state)
+
+
+def load_training_state(path: str | Path) -> dict[str, Any]:
+    """Return a whole checkpoint of our own, for resuming. Raises InputError where it is not one."""
+    payload = read_payload(path)
+    _check_format(path, payload)
+    if "training" not in payload:
+        raise InputError(f"{path} holds no training state; resume from a checkpoint_last.pth")
+    return payload

@@ -1,0 +1,224 @@
+"""Samples -> batches: order, padding, worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+
+import cv2
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from lib.batch import Batch
+from lib.data.sources import (
+    EvalCaptions,
+    EvalImages,
+    Sample,
+    Tokenizer,
+    TrainSet,
+    seeded_generator,
+)
+from lib.errors import InputError
+
+ORDER_STREAM = 0  # keeps the draws of the order apart from those of the samples
+
+
+class PairSampler(BatchSampler):
+    """Batches of (epoch, index) keys: each epoch its own permutation of the training pairs.
+
+    Step s of an epoch takes the same `batch_size * world` pairs whatever their share: rank r gets
+    the r-th slice of them. The last, incomplete global batch is left out. The epoch travels with
+    the index because persistent workers keep the data set they started with.
+    Raises InputError where not one batch can be filled.
+    """
+
+    def __init__(
+        self, num_pairs: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        if num_pairs < batch_size * world:
+            raise InputError(
+                f"--batch_size {batch_size} on {world} process(es) is more than the {num_pairs} "
+                "captions of the training split; make it smaller"
+            )
+        self.num_pairs = num_pairs
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch that the next iteration runs, from its step `start_step` on."""
+        self.epoch = epoch
+        self.start_step = start_step
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch, wherever it starts."""
+        return self.num_pairs // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = seeded_generator(ORDER_STREAM, self.seed, self.epoch).permutation(self.num_pairs)
+        for step in range(self.start_step, len(self)):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[first : first + self.batch_size]]
+
+
+class Collate:
+    """Samples -> (Batch, paths of the undecodable images whose pairs were left out).
+
+    The batch is None where no sample is left.
+    """
+
+    def __init__(self, pad_id: int = 0) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Batch | None, list[str]]:
+        bad_paths = [one.bad_path for one in samples if one.bad_path is not None]
+        good = [one for one in samples if one.bad_path is None]
+        if not good:
+            return None, bad_paths
+        ids, lengths = self._pad([one.ids for one in good])
+        dense_ids, dense_lengths = self._pad([one.dense_ids for one in good])
+        regions = good[0].pixel_length is not None
+        batch = Batch(
+            pixels=None if good[0].pixels is None else torch.stack([one.pixels for one in good]),
+            pixel_lengths=torch.tensor([one.pixel_length for one in good]) if regions else None,
+            ids=ids,
+            lengths=lengths,
+            image_ids=torch.tensor([one.row for one in good]),
+            caption_index=None if ids is None else torch.tensor([one.caption for one in good]),
+            dense_ids=dense_ids,
+            dense_lengths=dense_lengths,
+        )
+        return batch, bad_paths
+
+    def _pad(self, rows: list[list[int] | None]) -> tuple[Tensor | None, Tensor | None]:
+        if rows[0] is None:
+            return None, None
+        tensors = [torch.tensor(row) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=self.pad_id)  # (B, M)
+        return ids, torch.tensor([len(row) for row in rows])
+
+
+class TrainLoader:
+    """Training batches, epoch by epoch, over workers that stay."""
+
+    def __init__(self, loader: DataLoader, sampler: PairSampler) -> None:
+        self._loader = loader
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch."""
+        return len(self._sampler)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Batch | None, list[str]]]:
+        """Return (Batch, bad paths) for each step of the epoch from `start_step` on.
+
+        Pairs whose image can't be decoded are left out and their paths named; the batch is None
+        where no pair is left.
+        """
+        self._sampler.set_epoch(epoch, start_step)
+        return iter(self._loader)
+
+
+class EvalLoader:
+    """Yields Batch after Batch in order; raises InputError for an image that can't be decoded."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def first(self, indices: Sequence[int]) -> Batch:
+        """Return one batch of the items that `indices` name, read in this process."""
+        dataset = self._loader.dataset
+        batch, bad_paths = self._loader.collate_fn([dataset[index] for index in indices])
+        _refuse(bad_paths)
+        return batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, bad_paths in self._loader:
+            _refuse(bad_paths)  # here, as a worker would wrap the sentence in a traceback
+            yield batch
+
+
+def _refuse(bad_paths: Sequence[str]) -> None:
+    if bad_paths:
+        raise InputError(f"{bad_paths[0]} can't be decoded; replace the image file")
+
+
+def train_loader(
+    dataset: TrainSet,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> TrainLoader:
+    """Return the loader of training batches of `batch_size` pairs per process.
+
+    Raises InputError where the data set does not fill one batch.
+    """
+    sampler = PairSampler(len(dataset), batch_size, dataset.seed, rank, world)
+    loader = _loader(dataset, dataset.tokenizer, num_workers, pin_memory, batch_sampler=sampler)
+    return TrainLoader(loader, sampler)
+
+
+def image_loader(
+    dataset: EvalImages,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> EvalLoader:
+    """Return the loader of images in order; `indices` are the rows of this rank's shard."""
+    order = {"batch_size": batch_size, "sampler": indices}
+    return EvalLoader(_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
+
+
+def caption_loader(
+    dataset: EvalCaptions,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> EvalLoader:
+    """Return the loader of captions in order; `indices` are the captions of this rank's shard."""
+    order = {"batch_size": batch_size, "sampler": indices}
+    return EvalLoader(_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
+
+
+def _loader(
+    dataset: Dataset, tokenizer: Tokenizer | None, workers: int, pin_memory: bool, **order
+) -> DataLoader:
+    workers = min(workers, os.cpu_count() or 1)
+    if workers:
+        # OpenCV's thread pool does not survive a fork: a worker that inherits one can hang. Here,
+        # in the parent, it is taken down; workers are what decodes in parallel.
+        cv2.setNumThreads(1)
+    return DataLoader(
+        dataset,
+        collate_fn=Collate(tokenizer.pad_id if tokenizer else 0),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_process_group,
+        # a loader without its own generator draws from the model's, and a resumed run would differ
+        generator=torch.Generator(),
+        **order,
+    )
+
+
+def _leave_process_group(_: int) -> None:
+    """Keep Ctrl-C and a SIGTERM for the whole group from the workers: the training loop decides.
+
+    A worker must go on obeying a SIGTERM of its own: that is how the interpreter ends workers when
+    it exits, and it would wait for ever for one that ignored it. It ends without an error then, so
+    that a signal to every process (a scheduler's) does not interrupt the step under way.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))

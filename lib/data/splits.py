@@ -1,0 +1,395 @@
+"""Files of a data set -> `Split`: images or regions, both forms of id lists, dense texts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import InputError
+
+IMAGE_FOLDERS = {"f30k": "flickr30k-images", "coco": "coco-images", "scenes": "scenes/images"}
+IMAGE_SOURCES = {
+    "f30k": "get them from https://www.kaggle.com/datasets/hsankesara/flickr-image-dataset "
+    "or name their folder with --f30k_img_path",
+    "coco": "get train2014.zip and val2014.zip from http://images.cocodataset.org/zips/ "
+    "or name their folder with --coco_img_path",
+    "scenes": "make demo draws them",
+}
+CAPTION_SOURCES = {
+    "f30k": "copy the data/f30k folder of https://github.com/CrossmodalGroup/LAPS there",
+    "coco": "copy the data/coco folder of https://github.com/CrossmodalGroup/LAPS there",
+    "scenes": "make demo writes it",
+}
+DENSE_WAY_OUT = (
+    "generate dense texts for this split, choose a split that has them (--val_split test), "
+    "or do without (--dense_side none)"
+)
+REGION_SOURCE = (
+    "SCAN's features of f30k and coco are at "
+    "https://www.kaggle.com/datasets/kuanghueilee/scan-features; --precomp 0 reads image files"
+)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Where the precomputed regions of a split's images lie; entry r belongs to image row r."""
+
+    file: Path  # .npy, (images, R, F)
+    rows: np.ndarray  # (N_images,) int64, the image's row in the file
+    lengths: np.ndarray  # (N_images,) int64, its valid regions, 1 to R; padding comes last
+
+    def taken(self, rows: np.ndarray) -> Regions:
+        """Return the regions of some images, in that order."""
+        return replace(self, rows=self.rows[rows], lengths=self.lengths[rows])
+
+
+@dataclass(frozen=True)
+class Split:
+    """The captions and images of one split; an image's row is its place in `image_ids`."""
+
+    dataset: str
+    name: str
+    captions: list[str]
+    image_ids: list[str]  # in order of first appearance
+    image_files: list[str]  # one path an image; empty where the images are not needed
+    caption_image: np.ndarray  # (N_captions,) int64, row of each caption's image
+    dense: list[str] | None = None  # one dense text an image
+    regions: Regions | None = None  # in the place of image files
+
+
+def load_split(
+    data_path: str | os.PathLike,
+    dataset: str,
+    split: str,
+    image_path: str | os.PathLike | None = None,
+    needs_dense: bool = False,
+    check_images: bool = True,
+) -> Split:
+    """Return split `split` (train, dev or test) of `dataset` (f30k, coco or scenes).
+
+    The ids file has a line for each caption, or one for each image (caption j then belongs to line
+    j // k). `needs_dense` asks for the dense texts; `check_images=False` is for a method that reads
+    no pixels: then neither the images nor id_mapping.json need to be there. Raises InputError with
+    the file and line, or both counts, where the files are missing, unreadable or disagree.
+    """
+    if dataset not in IMAGE_FOLDERS:
+        raise InputError(f"--dataset {dataset}: unknown, choose {', '.join(IMAGE_FOLDERS)}")
+    folder = Path(data_path) / dataset
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder} (--data_path); {CAPTION_SOURCES[dataset]}")
+    stem = _stem(dataset, split)
+    captions_file, ids_file = folder / f"{stem}_caps.txt", folder / f"{stem}_ids.txt"
+    captions = _read_lines(captions_file, "caption", CAPTION_SOURCES[dataset])
+    lines = _read_lines(ids_file, "image id", CAPTION_SOURCES[dataset])
+    line_ids = _id_of_each_caption(lines, len(captions), ids_file, captions_file)
+    image_ids = list(dict.fromkeys(line_ids))
+    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
+    names = _image_names(folder / "id_mapping.json", image_ids, dataset, required=check_images)
+    root = Path(image_path or Path(data_path) / IMAGE_FOLDERS[dataset])
+    files = [os.path.join(root, name) for name in names]
+    if check_images:
+        _check_images(root, files, dataset)
+    dense = None
+    if needs_dense:
+        dense = _read_dense(folder / f"{dataset}_{stem}.jsonl", image_ids, names)
+    rows = np.array([row_of[image_id] for image_id in line_ids], dtype=np.int64)
+    return Split(dataset, split, captions, image_ids, files, rows, dense)
+
+
+def load_region_split(
+    data_path: str | os.PathLike,
+    dataset: str,
+    split: str,
+    region_dim: int,
+    needs_dense: bool = False,
+) -> Split:
+    """Return split `split` with precomputed regions of `region_dim` channels for images.
+
+    `region_files` says which files are read; image r has the r-th of equally many captions, and
+    the first `{split}_lens.npy`[r] of its regions are valid where there is such a file, else all.
+    Of the features only the header is read. Raises InputError with the file where one is missing,
+    unreadable or of another shape, or where two disagree.
+    """
+    captions_file, features_file = region_files(data_path, dataset, split)
+    captions = _read_lines(captions_file, "caption", REGION_SOURCE)
+    images, width, channels = _regions_shape(features_file)
+    if channels != region_dim:
+        raise InputError(
+            f"{features_file} holds regions of {channels} channels, the model reads {region_dim}; "
+            f"train with --region_dim {channels}"
+        )
+    if not images or len(captions) % images:
+        raise InputError(
+            f"{captions_file} has {len(captions)} captions but {features_file} has {images} "
+            "images; each image must have equally many captions"
+        )
+    lengths_file = features_file.with_name(f"{_stem(dataset, split)}_lens.npy")
+    rows = np.arange(images)
+    return Split(
+        dataset=dataset,
+        name=split,
+        captions=captions,
+        image_ids=[str(row) for row in rows],
+        image_files=[],
+        caption_image=rows.repeat(len(captions) // images),
+        dense=_region_dense(data_path, dataset, split, images) if needs_dense else None,
+        regions=Regions(features_file, rows, _region_lengths(lengths_file, images, width)),
+    )
+
+
+def region_files(data_path: str | os.PathLike, dataset: str, split: str) -> tuple[Path, Path]:
+    """Return the captions and the features of a split, {dataset}_precomp/{split}_ims.npy."""
+    folder, stem = Path(data_path) / f"{dataset}_precomp", _stem(dataset, split)
+    return folder / f"{stem}_caps.txt", folder / f"{stem}_ims.npy"
+
+
+def region_dense_file(data_path: str | os.PathLike, dataset: str, split: str) -> Path:
+    """Return the dense texts of a split with regions: beside them, or else in `dataset`'s folder.
+
+    Either may be missing.
+    """
+    name = f"{dataset}_{_stem(dataset, split)}.jsonl"
+    beside = Path(data_path) / f"{dataset}_precomp" / name
+    return beside if beside.exists() else Path(data_path) / dataset / name
+
+
+def map_array(path: Path) -> np.memmap:
+    """Return a .npy file as a memory-mapped array. Raises InputError where it is none."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"no file {path}; {REGION_SOURCE}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no whole .npy file of numbers ({error})") from None
+
+
+def _stem(dataset: str, split: str) -> str:
+    """Return what the names of a split's files begin with."""
+    return "testall" if (dataset, split) == ("coco", "test") else split
+
+
+def _regions_shape(path: Path) -> tuple[int, int, int]:
+    features = map_array(path)
+    if features.ndim != 3 or 0 in features.shape[1:] or features.dtype.kind != "f":
+        raise InputError(
+            f"{path} holds {features.dtype} of shape {features.shape}; region features are floats "
+            "of shape (images, regions, channels)"
+        )
+    return features.shape
+
+
+def _region_lengths(path: Path, images: int, width: int) -> np.ndarray:
+    """Return the lengths that the file holds; the full width where there is no such file."""
+    if not path.exists():
+        return np.full(images, width)
+    lengths = map_array(path)
+    if lengths.shape != (images,) or lengths.dtype.kind not in "iu":
+        raise InputError(
+            f"{path} holds {lengths.dtype} of shape {lengths.shape}; there must be an integer for "
+            f"each of the {images} images"
+        )
+    wrong = np.flatnonzero((lengths < 1) | (lengths > width))
+    if len(wrong):
+        raise InputError(
+            f"{path}: row {wrong[0]} is {lengths[wrong[0]]}; each image has 1 to {width} regions"
+        )
+    return np.array(lengths, dtype=np.int64)
+
+
+def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images: int) -> list[str]:
+    path = region_dense_file(data_path, dataset, split)
+    return _texts_in_order(_dense_records(path), path, images)
+
+
+def hold_out(split: Split, count: int) -> tuple[Split, Split]:
+    """Return the split without `count` of its images, and those, evenly spread, as "held_out".
+
+    Raises InputError where nothing would be left to train on.
+    """
+    images = len(split.image_ids)
+    if count >= images:
+        raise InputError(f"the {split.name} split has {images} images, too few to hold {count} out")
+    held = np.zeros(images, dtype=bool)
+    held[np.linspace(0, images - 1, count).round().astype(int)] = True
+    return _subset(split, ~held, split.name), _subset(split, held, "held_out")
+
+
+def _subset(split: Split, chosen: np.ndarray, name: str) -> Split:
+    rows = np.flatnonzero(chosen)
+    new_row = np.cumsum(chosen) - 1
+    captions = np.flatnonzero(chosen[split.caption_image])
+
+    def take(values: list[str]) -> list[str]:
+        return [values[row] for row in rows] if values else values
+
+    return Split(
+        dataset=split.dataset,
+        name=name,
+        captions=[split.captions[index] for index in captions],
+        image_ids=take(split.image_ids),
+        image_files=take(split.image_files),
+        caption_image=new_row[split.caption_image[captions]],
+        dense=None if split.dense is None else take(split.dense),
+        regions=None if split.regions is None else split.regions.taken(rows),
+    )
+
+
+def _read_text(path: Path, hint: str) -> str:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"no file {path}; {hint}") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror})") from None
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8; convert the file to UTF-8") from None
+
+
+def _split_lines(text: str) -> list[str]:
+    """Return the lines, split at newlines alone (a caption may hold other Unicode separators)."""
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def text_lines(path: Path, hint: str) -> list[str]:
+    """Return the lines of a UTF-8 file; InputError, with the hint, where it can't be read."""
+    return _split_lines(_read_text(path, hint))
+
+
+def _read_lines(path: Path, what: str, hint: str) -> list[str]:
+    lines = [line.strip() for line in text_lines(path, hint)]
+    if not lines:
+        raise InputError(f"{path} is empty; {hint}")
+    if "" in lines:
+        raise InputError(f"{path}:{lines.index('') + 1}: empty {what}; fill in or remove the line")
+    return lines
+
+
+def _id_of_each_caption(
+    ids: list[str], captions: int, ids_file: Path, captions_file: Path
+) -> list[str]:
+    if len(ids) == captions:
+        return ids
+    if captions % len(ids):
+        raise InputError(
+            f"{captions_file} has {captions} captions but {ids_file} has {len(ids)} ids; there "
+            "must be one id for each caption, or one for each image with equally many captions"
+        )
+    for line, (first, second) in enumerate(pairwise(ids), start=2):
+        if first == second:  # a list of one id per caption that was cut off
+            raise InputError(
+                f"{ids_file}:{line}: id {second} repeats, so the list has an id for each caption, "
+                f"but it has {len(ids)} ids and {captions_file} has {captions} captions"
+            )
+    per_image = captions // len(ids)
+    return [image_id for image_id in ids for _ in range(per_image)]
+
+
+def _image_names(path: Path, image_ids: list[str], dataset: str, required: bool) -> list[str]:
+    if not required and not path.exists():
+        return []
+    try:
+        mapping = json.loads(_read_text(path, CAPTION_SOURCES[dataset]))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: must map image ids to file names, as {{'25': 'name.jpg'}}")
+    unknown = [one for one in image_ids if not isinstance(mapping.get(one), str)]
+    if unknown:
+        raise InputError(
+            f"{path}: no file name for {len(unknown)} of {len(image_ids)} image ids "
+            f"({_first_three(unknown)}); add them to the mapping"
+        )
+    return [mapping[one] for one in image_ids]
+
+
+def _check_images(root: Path, files: list[str], dataset: str) -> None:
+    """Raise InputError unless all files are there; one listing a folder, not one look a file."""
+    if not root.is_dir():
+        raise InputError(f"no image folder {root}; {IMAGE_SOURCES[dataset]}")
+    listing: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in listing:
+            listing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listing[folder]:
+            missing.append(file)
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(files)} images are missing ({_first_three(missing)}); "
+            f"{IMAGE_SOURCES[dataset]}"
+        )
+
+
+def _read_dense(path: Path, image_ids: list[str], names: list[str]) -> list[str]:
+    """Return one dense text an image, matched by `image_id`, else `file_name`, else by order."""
+    records = _dense_records(path)
+    if any("image_id" in record for record in records):
+        texts = _texts_by_key(records, "image_id", path)
+        found = [texts.get(one) for one in image_ids]
+    elif any("file_name" in record for record in records):
+        texts = _texts_by_key(records, "file_name", path)
+        found = [texts.get(name, texts.get(os.path.basename(name))) for name in names]
+    else:
+        return _texts_in_order(records, path, len(image_ids))
+    without = [one for one, text in zip(image_ids, found, strict=False) if text is None]
+    if without or len(found) < len(image_ids):
+        raise InputError(
+            f"{path}: no dense text for {len(without) or len(image_ids)} of {len(image_ids)} "
+            f"images (image ids {_first_three(without or image_ids)}); {DENSE_WAY_OUT}"
+        )
+    return found
+
+
+def _dense_records(path: Path) -> list[dict]:
+    if not path.exists():
+        raise InputError(f"the method needs dense texts, but there is no {path}; {DENSE_WAY_OUT}")
+    lines = text_lines(path, DENSE_WAY_OUT)
+    return [parse_dense(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
+
+
+def _texts_in_order(records: list[dict], path: Path, images: int) -> list[str]:
+    if len(records) != images:
+        raise InputError(
+            f"{path} has {len(records)} dense texts, but the split has {images} images; "
+            "texts matched by order must follow the images one by one"
+        )
+    return [record["text"] for record in records]
+
+
+def parse_dense(line: str, where: str) -> dict:
+    """Return the record of a .jsonl line with a dense text; InputError naming `where` otherwise."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not a JSON line ({error.msg})") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f'{where}: the line needs a non-empty "text"')
+    return record
+
+
+def _texts_by_key(records: list[dict], key: str, path: Path) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for line, record in enumerate(records, start=1):
+        if key not in record:
+            raise InputError(f'{path}:{line}: no "{key}", which other lines have')
+        value = str(record[key])
+        if value in texts:
+            raise InputError(f"{path}:{line}: {key} {value} has a dense text already")
+        texts[value] = record["text"]
+    return texts
+
+
+def _first_three(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")

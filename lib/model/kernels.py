@@ -1,0 +1,467 @@
+"""Patch slimming and max matching of every image-caption pair, fused for evaluation.
+
+`fused_matches` gives the numbers of gram.py, which serves everywhere else, through three Triton
+programs that never build an aggregated token nor write what it is made of. With P the patches
+of an image, W the weights of its aggregated tokens under a caption, E its words, everything comes
+from two products that no choice of patches changes (Gram form, exact algebra):
+
+    W·P·Eᵀ = W·(P·Eᵀ),    |W·P|² = rowsum(W·(P·Pᵀ) ∘ W)
+
+and of both only the rows and columns of kept patches are read: k/L of the one, (k/L)² of the other.
+
+What is computed where: P·Pᵀ, once an image and call, and P·Eᵀ of all pairs are ordinary large
+products, so cuBLAS makes them at full rate; inside a program they would be paid in Triton's slower
+float32 dot, and read P, 400 kB an image, again for each pair. P·Eᵀ costs B_v·L·T·M floats, written
+and read once (37 kB a pair at L = 196, M = 24, against 5 MFLOP to make them: memory is not the
+limit), and is made for as many captions at once as fit PRODUCT_BYTES. The patches are ordered kept
+first by a program of their own, so that the others walk dense blocks.
+
+The programs' products are IEEE float32. PyTorch's products follow torch.backends.cuda.matmul, IEEE
+unless somebody changed it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu, normalize
+
+from lib.model.alignment import NEGATIVE_SLOPE, best_matches
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows and CPU wheels of torch come without it
+    triton = None
+
+PAIRS = 2**16  # of a call: scores of 50 MB at L = 196
+PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
+FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
+# A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.
+AGGREGATED_TILES = {"BLOCK_L": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+
+
+def is_available(device: torch.device) -> bool:
+    """Return whether `fused_matches` runs there: on CUDA, or anywhere under TRITON_INTERPRET=1.
+
+    Where Triton can't build a program (no C compiler, an old GPU), one warning says so.
+    """
+    if triton is None:
+        return False
+    interpreted = not isinstance(_order_patches, triton.JITFunction)
+    return interpreted or (device.type == "cuda" and _builds(device))
+
+
+@functools.cache
+def _builds(device: torch.device) -> bool:
+    """Return whether the smallest program builds and runs on the device; asked once."""
+    scores = torch.zeros(1, 2, device=device)
+    try:
+        with torch.cuda.device_of(scores):
+            _order_patches[(1,)](scores, torch.empty_like(scores, dtype=torch.int32), 2, 1, WIDTH=2)
+    except Exception as error:  # Triton raises what its compilers and drivers do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"warning: no fused scoring, PyTorch does it ({reason:.200})", file=sys.stderr)
+        return False
+    return True
+
+
+def serves(patches: Tensor) -> bool:
+    """Return whether `fused_matches` may score these patches now: no gradient is asked for."""
+    wanted = not torch.is_grad_enabled() and patches.dtype != torch.float64
+    return wanted and is_available(patches.device)
+
+
+def token_mask(fixed_mask: Tensor, aggregated: int, fused_takes_part: bool) -> Tensor:
+    """Return which of [N_c aggregated; fused; F fixed] take part, bool (B_v, 1, N_c + 1 + F)."""
+    mask = fixed_mask.new_ones(len(fixed_mask), aggregated + 1)
+    mask[:, aggregated] = fused_takes_part
+    return torch.cat([mask, fixed_mask], 1)[:, None]
+
+
+def fused_matches(
+    scores: Tensor,
+    logits: Tensor,
+    patches: Tensor,
+    words: Tensor,
+    word_mask: Tensor,
+    fixed: Tensor,
+    fixed_mask: Tensor,
+    k: int,
+    added: Tensor | None = None,
+    fused_counts: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
+
+    scores (B_v, T, L) rank the patches, of which the `k` best are kept; logits (B_v, N_c, L) weigh
+    the kept ones, the scores the dropped ones; patches (B_v, L, C); words (T, M, C) normalised,
+    word_mask (T, M); fixed (B_v, F, C) are tokens that no caption changes, fixed_mask (B_v, F);
+    added (B_v, N_c, C) is added to the aggregated tokens before they are normalised. Where nothing
+    is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
+    leaves it out). Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
+    float32, without gradient, also under autocast: half-precision arguments are taken as float32.
+    Raises ValueError where the programs can't run, and where a gradient would be lost.
+    Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
+    """
+    tensors = [scores, logits, patches, words, fixed]
+    tensors += [] if added is None else [added]
+    _check(tensors)
+    device = scores.device
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device_of(scores),
+    ):
+        scores, logits, patches, words, fixed = (one.float() for one in tensors[:5])
+        added = None if added is None else added.float()
+        images = _prepare(logits, patches, fixed, fixed_mask, added)
+        size = max(1, PRODUCT_BYTES // (4 * images.sources[..., 0].numel() * words.shape[1]))
+        parts = [
+            _match(
+                images,
+                scores[:, first : first + size].contiguous(),
+                words[first : first + size],
+                word_mask[first : first + size].contiguous(),
+                min(k, patches.shape[1]),
+                fused_counts,
+            )
+            for first in range(0, len(words), size)
+        ]
+    for_words, for_tokens = zip(*parts, strict=True)
+    return torch.cat(for_words, 1), torch.cat(for_tokens, 1)
+
+
+def _check(tensors: list[Tensor]) -> None:
+    if not is_available(tensors[0].device):
+        raise ValueError("fused_matches needs a CUDA device and Triton")
+    if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+        raise ValueError("fused_matches has no backward pass: call it under torch.no_grad()")
+
+
+@dataclass
+class _Images:
+    """What is made once an image; A is N_c where vectors are added, else 0."""
+
+    sources: Tensor  # (B_v, L + A + F, C) patches; added vectors; normalised fixed tokens
+    gram: Tensor  # (B_v, L + A, L) products of patches and added vectors with patches
+    squares: Tensor | None  # (B_v, A) squared norms of the added vectors
+    logits: Tensor  # (B_v, N_c, L)
+    fixed_mask: Tensor  # (B_v, F)
+
+
+def _prepare(
+    logits: Tensor, patches: Tensor, fixed: Tensor, fixed_mask: Tensor, added: Tensor | None
+) -> _Images:
+    rows = patches if added is None else torch.cat([patches, added], 1)  # (B_v, L + A, C)
+    return _Images(
+        torch.cat([rows, normalize(fixed, dim=-1)], 1),
+        rows @ patches.transpose(1, 2),
+        None if added is None else added.square().sum(-1),
+        logits.contiguous(),
+        fixed_mask,
+    )
+
+
+def _match(
+    images: _Images,
+    scores: Tensor,
+    words: Tensor,
+    word_mask: Tensor,
+    k: int,
+    fused_counts: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the best matches of all images with a few captions."""
+    flat = images.sources.flatten(0, 1) @ words.flatten(0, 1).T  # (B_v·R, T·M)
+    products = flat.view(*images.sources.shape[:2], *word_mask.shape)  # (B_v, R, T, M)
+    for_words, for_tokens = _launch(images, scores, products, word_mask, k)
+    best = for_words.amax(2)  # (B_v, T, M)
+    if fused_counts and k == scores.shape[-1]:
+        best = best.clamp(min=0)  # the fused token is a zero
+    fixed = products[:, images.gram.shape[1] :].transpose(1, 2)  # (B_v, T, F, M)
+    if fixed.shape[2]:
+        per_word, per_token = best_matches(fixed, images.fixed_mask[:, None], word_mask)
+        best = torch.maximum(best, per_word)
+        for_tokens = torch.cat([for_tokens, per_token], 2)
+    # monotone, so after the maxima; cosines leave [-1, 1] only where a norm is all rounding error
+    return tuple(leaky_relu(one.clamp(-1, 1), NEGATIVE_SLOPE) for one in (best, for_tokens))
+
+
+def _launch(
+    images: _Images, scores: Tensor, products: Tensor, word_mask: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return cosines of all tokens but the fixed ones: best for words, a slot a block of tokens.
+
+    (B_v, T, slots, M) for words and (B_v, T, N_c + 1) for tokens.
+    """
+    pairs, num_patches, tokens = scores[..., 0].numel(), scores.shape[-1], images.logits.shape[1]
+    longest = word_mask.shape[1]
+    block_n, block_m = block_sizes(tokens, longest)
+    blocks = triton.cdiv(tokens, block_n)
+    dropped = num_patches - k
+    slots = blocks + (dropped > 0)
+    for_words = scores.new_empty(*scores.shape[:2], slots, longest)
+    for_tokens = scores.new_zeros(*scores.shape[:2], tokens + 1)  # the fused one stays 0 if k == L
+    order = torch.empty_like(scores, dtype=torch.int32)
+    width = triton.next_power_of_2(num_patches)
+    warps = max(1, min(4, width // 256))  # one warp counts without a barrier
+    _order_patches[(pairs,)](scores, order, num_patches, k, WIDTH=width, num_warps=warps)
+    shared = {
+        "order": order,
+        "gram": images.gram,
+        "products": products,
+        "word_mask": word_mask.view(torch.uint8),
+        "for_words": for_words,
+        "for_tokens": for_tokens,
+        "slots": slots,
+        "k": k,
+        "L": num_patches,
+        "G": images.gram.shape[1],
+        "R": products.shape[1],
+        "T": len(word_mask),
+        "M": longest,
+        "N": tokens,
+    }
+    _match_aggregated[(pairs * blocks,)](
+        **shared,
+        logits=images.logits,
+        squares=images.gram if images.squares is None else images.squares,
+        blocks=blocks,
+        ADDED=images.squares is not None,
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        WORD_BLOCKS=triton.cdiv(longest, block_m),
+        **AGGREGATED_TILES,
+    )
+    if dropped:
+        height = max(16, triton.next_power_of_2(dropped))
+        warps = 4 if height <= 256 else 8  # what spills no registers
+        _match_fused[(pairs,)](
+            **shared,
+            scores=scores,
+            HEIGHT=height,
+            BLOCK=FUSED_BLOCK,
+            WORD_BLOCKS=triton.cdiv(longest, FUSED_BLOCK),
+            num_warps=warps,
+        )
+    return for_words, for_tokens
+
+
+def block_sizes(tokens: int, longest: int) -> tuple[int, int]:
+    """Return how many aggregated tokens and how many words a program multiplies at once.
+
+    Powers of two from 16, tl.dot's smallest side, to 64: accumulators of 64 x 64 are 32 registers
+    a thread, whatever L, N_c and M are.
+    """
+    return tuple(max(16, min(64, triton.next_power_of_2(size))) for size in (tokens, longest))
+
+
+if triton is not None:
+
+    @triton.jit
+    def _order_patches(scores, order, L, k, WIDTH: tl.constexpr):
+        """Write a row's patch numbers: the k with the largest scores, then the others.
+
+        Both in ascending order; of equal scores at the threshold the first are kept. The threshold
+        is the largest key that k keys reach, found bit by bit.
+        """
+        row = tl.program_id(0).to(tl.int64)
+        place = tl.arange(0, WIDTH)
+        real = place < L
+        bits = tl.load(scores + row * L + place, mask=real, other=0.0).to(tl.int32, bitcast=True)
+        bits = tl.where(bits == -2147483648, 0, bits)  # -0.0 equals 0.0
+        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+        key = tl.where(real, key, -2147483648)  # below that of -inf
+        threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= k, 0, -2147483648)
+        for step in tl.static_range(31):
+            candidate = threshold + (1 << (30 - step))
+            enough = tl.sum((key >= candidate).to(tl.int32), 0) >= k
+            threshold = tl.where(enough, candidate, threshold)
+        above = key > threshold
+        tied = key == threshold
+        room = k - tl.sum(above.to(tl.int32), 0)
+        kept = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
+        before = tl.cumsum(kept.to(tl.int32), 0)  # kept up to and with this one
+        target = tl.where(kept, before - 1, k + place - before)
+        tl.store(order + row * L + target, place, mask=real)
+
+    @triton.jit
+    def _kept_weights(order, logits, rows, place, k, top):
+        """Return exp(logit - top) of kept patches, (BLOCK_N, places), and their numbers."""
+        kept = place < k
+        index = tl.load(order + place, mask=kept, other=0)
+        logit = tl.load(logits + (rows[:, None] + index[None, :]))
+        return tl.where(kept[None, :], tl.exp(logit - top[:, None]), 0.0), index
+
+    @triton.jit
+    def _softmax_parts(
+        order, logits, rows, k: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+    ):
+        """Return each token's largest kept logit and its softmax denominator, (BLOCK_N,)."""
+        top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        mass = tl.zeros((BLOCK_N,), tl.float32)
+        for first in range(0, k, BLOCK_L):
+            place = first + tl.arange(0, BLOCK_L)
+            kept = place < k
+            index = tl.load(order + place, mask=kept, other=0)
+            logit = tl.load(logits + (rows[:, None] + index[None, :]))
+            logit = tl.where(kept[None, :], logit, float("-inf"))
+            higher = tl.maximum(top, tl.max(logit, 1))
+            mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), 1)
+            top = higher
+        return top, mass
+
+    @triton.jit(do_not_specialize=["T", "M"])  # they vary from call to call
+    def _match_aggregated(
+        order,  # (B_v, T, L) kept patches first
+        logits,  # (B_v, N, L)
+        gram,  # (B_v, G, L)
+        squares,  # (B_v, N) where vectors are added
+        products,  # (B_v, R, T, M)
+        word_mask,  # (T, M)
+        for_words,  # (B_v, T, slots, M)
+        for_tokens,  # (B_v, T, N + 1)
+        G,
+        R,
+        T,
+        M,
+        N,
+        slots,
+        blocks,
+        L: tl.constexpr,
+        k: tl.constexpr,
+        ADDED: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_L: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        WORD_BLOCKS: tl.constexpr,
+    ):
+        """Write the cosines of one pair's block of aggregated tokens, their maxima both ways."""
+        block = tl.program_id(0) % blocks
+        pair = (tl.program_id(0) // blocks).to(tl.int64)
+        image = pair // T
+        caption = pair % T
+        token = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = tl.minimum(token, N - 1)  # rows past the end repeat the last, which no maximum feels
+        order += pair * L
+        logits += image * N * L
+        rows = row * L
+        gram += image * G * L
+        products += (image * R * T + caption) * M
+        top, mass = _softmax_parts(order, logits, rows, k, BLOCK_N, BLOCK_L)
+
+        square = tl.zeros((BLOCK_N,), tl.float32)
+        cross = tl.zeros((BLOCK_N,), tl.float32)
+        for first in range(0, k, BLOCK_L):
+            column = first + tl.arange(0, BLOCK_L)
+            right, right_index = _kept_weights(order, logits, rows, column, k, top)
+            turned = tl.zeros((BLOCK_N, BLOCK_L), tl.float32)
+            for other in range(0, first + BLOCK_L, BLOCK_K):
+                place = other + tl.arange(0, BLOCK_K)
+                left, index = _kept_weights(order, logits, rows, place, k, top)
+                # the Gram matrix is symmetric: what is left of this block counts twice
+                left *= tl.where(other < first, 2.0, 1.0)
+                tile = tl.load(gram + (index[:, None] * L + right_index[None, :]))
+                turned = tl.dot(left, tile, turned, input_precision="ieee")
+            square += tl.sum(turned * right, 1)
+            if ADDED:
+                tile = tl.load(gram + (L * L + rows[:, None] + right_index[None, :]))
+                cross += tl.sum(tile * right, 1)
+        share = 1 / mass
+        square *= share * share
+        if ADDED:
+            square += 2 * share * cross + tl.load(squares + image * N + row)
+        length = tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), 1e-12)
+
+        best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        for start in range(WORD_BLOCKS):
+            word = start * BLOCK_M + tl.arange(0, BLOCK_M)
+            inside = word < M
+            cosine = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for first in range(0, k, BLOCK_K):
+                place = first + tl.arange(0, BLOCK_K)
+                left, index = _kept_weights(order, logits, rows, place, k, top)
+                source = products + (index[:, None] * (T * M) + word[None, :])
+                tile = tl.load(source, mask=inside[None, :], other=0.0)
+                cosine = tl.dot(left, tile, cosine, input_precision="ieee")
+            cosine *= share[:, None]
+            if ADDED:
+                source = products + ((L + row)[:, None] * (T * M) + word[None, :])
+                cosine += tl.load(source, mask=inside[None, :], other=0.0)
+            cosine = cosine / length[:, None]
+            slot = for_words + (pair * slots + block) * M + word
+            tl.store(slot, tl.max(cosine, 0), mask=inside)
+            real = tl.load(word_mask + caption * M + word, mask=inside, other=0) != 0
+            best = tl.maximum(best, tl.max(tl.where(real[None, :], cosine, float("-inf")), 1))
+        tl.store(for_tokens + pair * (N + 1) + token, best, mask=token < N)
+
+    @triton.jit(do_not_specialize=["T", "M"])
+    def _match_fused(
+        order,
+        scores,  # (B_v, T, L)
+        gram,
+        products,
+        word_mask,
+        for_words,
+        for_tokens,
+        G,
+        R,
+        T,
+        M,
+        N,
+        slots,
+        L: tl.constexpr,
+        k: tl.constexpr,
+        HEIGHT: tl.constexpr,  # of the dropped patches
+        BLOCK: tl.constexpr,
+        WORD_BLOCKS: tl.constexpr,
+    ):
+        """Write the cosines of one pair's fused token, which comes after the aggregated ones."""
+        pair = tl.program_id(0).to(tl.int64)
+        image = pair // T
+        caption = pair % T
+        scores += pair * L
+        order += pair * L + k
+        gram += image * G * L
+        products += (image * R * T + caption) * M
+        place = tl.arange(0, HEIGHT)
+        dropped = place < L - k
+        index = tl.load(order + place, mask=dropped, other=0)
+        score = tl.load(scores + index, mask=dropped, other=float("-inf"))
+        top = tl.max(score, 0)
+        weight = tl.exp(score - top)
+        mass = tl.sum(weight, 0)
+        weight = weight / mass
+
+        square = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, L - k, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < L - k
+            column_index = tl.load(order + column, mask=inside, other=0)
+            column_score = tl.load(scores + column_index, mask=inside, other=float("-inf"))
+            tile = tl.load(
+                gram + (index[:, None] * L + column_index[None, :]),
+                mask=dropped[:, None] & inside[None, :],
+                other=0.0,
+            )
+            square += tl.sum(tile * weight[:, None], 0) * tl.exp(column_score - top) / mass
+        length = tl.maximum(tl.sqrt(tl.maximum(tl.sum(square, 0), 0.0)), 1e-12)
+
+        best = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for start in range(WORD_BLOCKS):
+            word = start * BLOCK + tl.arange(0, BLOCK)
+            inside = word < M
+            tile = tl.load(
+                products + (index[:, None] * (T * M) + word[None, :]),
+                mask=dropped[:, None] & inside[None, :],
+                other=0.0,
+            )
+            cosine = tl.sum(tile * weight[:, None], 0) / length
+            tl.store(for_words + (pair * slots + slots - 1) * M + word, cosine, mask=inside)
+            real = tl.load(word_mask + caption * M + word, mask=inside, other=0) != 0
+            best = tl.maximum(best, tl.where(real, cosine, float("-inf")))
+        tl.store(for_tokens + pair * (N + 1) + N, tl.max(best, 0))

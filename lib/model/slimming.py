@@ -1,0 +1,296 @@
+"""Patch scoring, selection and aggregation, shared by LAPS, SEPS and improved LAPS.
+
+Everything that chooses patches runs in float32 (or float64), also under autocast: bf16 scores
+change the kept set of most pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from lib.model.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit
+from lib.model.precision import full_precision, is_half
+
+LARGEST_EXPONENT = 30.0  # of a logit above the kept ones
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over real tokens: (B, N, C), (B, N) -> (B, C)."""
+    weights = mask.to(tokens.dtype)[:, :, None]
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def kept_count(num_patches: int, sparse_ratio: float) -> int:
+    """Return K = ceil(L·ρ), at least 1 and at most L."""
+    return max(1, min(num_patches, math.ceil(num_patches * sparse_ratio)))
+
+
+def aggregated_count(num_patches: int, sparse_ratio: float, aggr_ratio: float) -> int:
+    """Return N_c = int(L·α_r·ρ), at least 1."""
+    return max(1, int(num_patches * aggr_ratio * sparse_ratio))
+
+
+@full_precision
+def global_scores(patches: Tensor, embeddings: Tensor) -> Tensor:
+    """Return patch-text cosines: (B_v, L, C), global (B_t, C) -> (B_v, B_t, L)."""
+    norms = torch.linalg.vector_norm(patches, dim=-1).clamp(min=SMALLEST_NORM)  # (B_v, L)
+    products = patches.flatten(0, 1) @ normalize(embeddings, dim=-1).T  # one product, (B_v·L, B_t)
+    products = products.unflatten(0, norms.shape).transpose(1, 2)
+    return (products / norms[:, None]).contiguous()
+
+
+@full_precision
+def own_scores(patches: Tensor, embeddings: Tensor) -> Tensor:
+    """Return cosines of patches with one embedding an image: (B, L, C), (B, C) -> (B, L)."""
+    return (normalize(patches, dim=-1) @ normalize(embeddings, dim=-1)[:, :, None]).squeeze(-1)
+
+
+@full_precision
+def min_max(scores: Tensor) -> Tensor:
+    """Return the scores stretched to [0, 1] over the last dimension; constant rows become 0."""
+    low, high = scores.aminmax(dim=-1, keepdim=True)
+    return (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).eps)
+
+
+def top_k_mask(scores: Tensor, k: int) -> Tensor:
+    """Return the bool mask of the k largest scores of each row, (…, L); of ties, the first stay."""
+    if k >= scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.topk(k, dim=-1).values[..., -1:]
+    above = scores > threshold
+    tied = scores == threshold
+    room = k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))
+
+
+@full_precision
+def gumbel_decision(significance: Tensor, tau: float) -> Tensor:
+    """Return straight-through keep decisions of a two-class Gumbel-softmax, (…, L) in {0, 1}.
+
+    A patch is kept with probability `significance` in [0, 1], on its own: how many are kept is
+    free, and the ratio loss steers it. The gradient is the soft decision's at temperature `tau`.
+    Where chance keeps no patch of a row, the most significant one stays.
+    """
+    tiny = 1e-6
+    logit = significance.clamp(tiny, 1 - tiny).logit()
+    # the difference of two Gumbel variables is logistic
+    uniform = torch.rand_like(logit).clamp(tiny, 1 - tiny)
+    soft = ((logit + uniform.logit()) / tau).sigmoid()
+    hard = soft > 0.5
+    hard = hard | (~hard.any(-1, keepdim=True) & top_k_mask(significance.detach(), 1))
+    return hard.to(soft.dtype) + (soft - soft.detach())  # forward exactly 0 or 1
+
+
+def selected_softmax(logits: Tensor, decision: Tensor) -> Tensor:
+    """Return the softmax over the kept entries of the last dimension; a row that keeps none is 0.
+
+    `decision` broadcasts against `logits`: bool, or float in {0, 1} that then also multiplies
+    inside the softmax, so that gradient reaches it.
+    """
+    if decision.dtype == torch.bool:
+        weights = logits.masked_fill(~decision, -math.inf).softmax(-1)
+        return weights.masked_fill(~decision, 0)
+    kept = decision.detach() > 0
+    top = logits.detach().masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    mass = decision * (logits - top).clamp(max=LARGEST_EXPONENT).exp()
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def invert(decision: Tensor) -> Tensor:
+    """Return the decision that keeps what this one drops."""
+    return ~decision if decision.dtype == torch.bool else 1 - decision
+
+
+def peak_weights(logits: Tensor) -> Tensor | None:
+    """Return exp(logits − their maximum), (B_v, N_c, L): masked and divided by its sum, a softmax.
+
+    Computed once an image, where a softmax over the kept patches is a matter of each pair. None
+    where logits of one token lie further apart than `LARGEST_EXPONENT`: there the kept patches of a
+    pair might all vanish beside one that is dropped, and `selected_softmax` must serve.
+    """
+    low, high = logits.detach().aminmax(dim=-1, keepdim=True)
+    if not bool((high - low).amax() < LARGEST_EXPONENT):
+        return None
+    return (logits - high).exp().contiguous()  # logits come transposed; pairs multiply these
+
+
+@full_precision
+def selected_sums(logits: Tensor, peaks: Tensor | None, decision: Tensor) -> PatchSums:
+    """Return N_c sums of each image's kept patches for each caption, weighted by a softmax.
+
+    logits and peaks (B_v, N_c, L), of `AggregationHead` and `peak_weights`; decision (B_v, T, L),
+    bool or float in {0, 1}.
+    """
+    if peaks is None:
+        return PatchSums(selected_softmax(logits[:, None], decision[:, :, None]))
+    kept = decision.to(peaks.dtype)
+    mass = kept @ peaks.transpose(1, 2)  # (B_v, T, N_c)
+    return PatchSums(
+        peaks[:, None] * kept[:, :, None], mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    )
+
+
+def dropped_sum(scores: Tensor, decision: Tensor) -> PatchSums:
+    """Return the fused token, Σ over dropped patches of softmax(score)·patch: (B_v, T, L) both."""
+    return PatchSums(selected_softmax(scores, invert(decision))[:, :, None])
+
+
+class AggregationHead(nn.Module):
+    """Aggregation logits of a patch, once an image: (B_v, L, C) -> (B_v, N_c, L).
+
+    LayerNorm, Linear C → int(0.2·C), GELU, Linear → N_c, times a learnt scalar (LAPS).
+    """
+
+    def __init__(self, width: int, tokens: int, hidden_ratio: float = 0.2) -> None:
+        super().__init__()
+        hidden = max(1, int(width * hidden_ratio))
+        self.weight = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, tokens)
+        )
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return (self.weight(patches) * self.scale).transpose(1, 2)
+
+
+def aggregation(head: AggregationHead, patches: Tensor, fused: bool) -> dict[str, Tensor]:
+    """Return what `selected_sums` and `PairTokens` need of images: (B_v, L, C) -> a dictionary.
+
+    `logits` (B_v, N_c, L); `peaks` and `gram` where they serve, never where a kernel is to score
+    the pairs (`fused`), which reads the logits alone.
+    """
+    logits = head(patches)
+    if fused:
+        return {"logits": logits}
+    optional = {"peaks": peak_weights(logits), "gram": gram_matrix(patches, logits.shape[1])}
+    return {"logits": logits} | {key: one for key, one in optional.items() if one is not None}
+
+
+class PatchScore(nn.Module):
+    """Predicted significance s^p = sigmoid(MLP(v)), SEPS eq. 1: (B_v, L, C) -> (B_v, L)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = max(1, width // 4)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        with torch.autocast(patches.device.type, enabled=False):
+            wide = patches.float() if is_half(patches) else patches
+            return self.mlp(wide).squeeze(-1).sigmoid()
+
+
+class WordSelection(nn.Module):
+    """Which words enter the similarity: normalised words (B_t, M, C), mask -> bool (B_t, M).
+
+    A word's score is its product with a projection of the caption's [CLS]. `ratio` keeps the
+    ceil((n − 1)·ratio) best, `score` those above 0; [CLS] stays always. The choice carries no
+    gradient, so that this layer is never trained. Source: improved LAPS, SPEC 10.
+    """
+
+    def __init__(self, width: int, strategy: str = "ratio", ratio: float = 1.0) -> None:
+        super().__init__()
+        if strategy not in ("ratio", "score"):
+            raise ValueError(f"unknown word selection {strategy!r}; known: ratio, score")
+        self.strategy = strategy
+        self.ratio = ratio
+        self.attn_mat = nn.Linear(width, width)
+
+    @torch.no_grad()
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast(words.device.type, enabled=False):
+            wide = words.float() if is_half(words) else words
+            scores = (wide @ self.attn_mat(wide[:, :1]).transpose(1, 2)).squeeze(-1)  # (B_t, M)
+        candidates = mask.clone()
+        candidates[:, 0] = False
+        if self.strategy == "score":
+            kept = candidates & (scores > 0)
+        else:
+            count = (candidates.sum(1).double() * self.ratio).ceil()  # float32 can round past it
+            order = scores.masked_fill(~candidates, -math.inf).argsort(1, descending=True)
+            kept = candidates & (order.argsort(1) < count[:, None])
+        kept[:, 0] = True
+        return kept
+
+
+def summarise_text(words: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return what LAPS needs of each text: words (B_t, M, C) and mask (B_t, M) -> a dictionary.
+
+    `words` normalised (B_t, M, C), `word_mask`, and `global` (B_t, C), the mean over real words
+    without gradient: it only chooses patches.
+    """
+    return {
+        "words": normalize(words, dim=-1),
+        "word_mask": mask,
+        "global": masked_mean(words, mask).detach(),
+    }
+
+
+class LapsNetwork(nn.Module):
+    """Patch slimming of LAPS (CVPR 2024): the tokens that stand for an image before a text, SPEC 3.
+
+    Shared by `laps`, `seps_released` and `ilaps`. Nothing that depends on the image alone is done
+    for each pair; only the choice of patches is.
+
+    NOTE: with ρ = 1 nothing is dropped, and the fused token is a zero that still counts in the
+    means over tokens, as in the official code.
+    """
+
+    def __init__(
+        self, width: int, num_patches: int, sparse_ratio: float, aggr_ratio: float
+    ) -> None:
+        super().__init__()
+        self.sparse_ratio = sparse_ratio
+        self.num_patches = num_patches
+        self.kept = kept_count(num_patches, sparse_ratio)
+        self.head = AggregationHead(width, aggregated_count(num_patches, sparse_ratio, aggr_ratio))
+
+    def prepare(
+        self,
+        patches: Tensor,
+        cls: Tensor | None,
+        embeddings: Tensor | None = None,
+        fused: bool = False,
+    ) -> dict[str, Tensor]:
+        """Return what depends on the image alone, for `tokens`, or for the kernel where `fused`.
+
+        patches (B_v, L, C), cls (B_v, 1, C) or None; `embeddings` (B_v, C) are the images' global
+        ones, by default the mean of the patches.
+        """
+        with torch.no_grad():
+            own = own_scores(patches, patches.mean(1) if embeddings is None else embeddings)
+        fixed = unit(patches[:, :0] if cls is None else cls)  # what no text changes
+        prepared = {"patches": patches, "own": own, "fixed": fixed}
+        return prepared | aggregation(self.head, patches, fused)
+
+    @torch.no_grad()
+    def scores(self, images: dict[str, Tensor], embeddings: Tensor) -> Tensor:
+        """Return each pair's patch scores, (B_v, T, L), no gradient.
+
+        `embeddings` (T, C) are the texts' global ones.
+        """
+        return images["own"][:, None] + global_scores(images["patches"], embeddings)
+
+    def select(self, images: dict[str, Tensor], embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `scores` and which patches stay, bool (B_v, T, L)."""
+        scores = self.scores(images, embeddings)
+        return scores, top_k_mask(scores, self.kept)
+
+    def tokens(self, images: dict[str, Tensor], embeddings: Tensor) -> PairTokens:
+        """Return [aggregated; fused; v_cls] of every pair."""
+        scores, decision = self.select(images, embeddings)
+        local = selected_sums(images["logits"], images.get("peaks"), decision)
+        sums = [local, dropped_sum(scores, decision)]
+        return PairTokens(images["patches"], sums, images["fixed"], images.get("gram"))
+
+    @property
+    def kept_share(self) -> float:
+        """Return the share of patches that every pair keeps, in (0, 1]."""
+        return self.kept / self.num_patches

@@ -1,0 +1,56 @@
+"""Where the wall time of training goes: waiting for data, or working."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+
+class Clock:
+    """Splits wall time into waiting for data and working, over the steps since the last report."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+        self.waited, self.pairs, self.steps = 0.0, 0, 0
+
+    def waiting(self, batches: Iterator, stopped: Callable[[], bool]) -> Iterator:
+        """Yield from `batches`, counting the time that each one takes to come.
+
+        A signal that is sent to every process ends the loader's workers too: once `stopped()`,
+        their end is the end of the batches and no error.
+        """
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError:
+                if stopped():
+                    return
+                raise
+            self.waited += time.perf_counter() - before
+            yield item
+
+    def stepped(self, pairs: int) -> None:
+        self.pairs += pairs
+        self.steps += 1
+
+    @property
+    def pairs_per_second(self) -> float:
+        return self.pairs / max(1e-9, time.perf_counter() - self.started)
+
+    def scalars(self) -> dict[str, float]:
+        """Return mean seconds per step and pairs a second since the last call, and start anew."""
+        elapsed, steps = time.perf_counter() - self.started, max(1, self.steps)
+        values = {
+            "time/data_s": self.waited / steps,
+            "time/step_s": (elapsed - self.waited) / steps,
+            "time/images_per_s": self.pairs_per_second,
+        }
+        self.restart()
+        return values
