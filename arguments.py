@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lib.data.layout import image_folder
 from lib.errors import InputError
 from lib.methods import registry
 
-# What a data set changes in the defaults; a flag on the command line always wins.
+# What a data set changes in the defaults, for any other nothing; a flag given always wins.
 DATASET_DEFAULTS = {
-    "f30k": {},
-    "coco": {},
     "scenes": {
         "vit_type": "tiny",
         "bert_path": "tiny",
@@ -47,8 +46,19 @@ def int_list(text: str) -> list[int]:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="f30k", choices=sorted(DATASET_DEFAULTS))
+    group.add_argument(
+        "--dataset",
+        default="f30k",
+        metavar="NAME",
+        help="f30k, coco, scenes (drawn where missing) or any folder of --data_path",
+    )
     group.add_argument("--data_path", default="data/", help="root folder of the data sets")
+    group.add_argument(
+        "--image_path",
+        default=None,
+        metavar="DIR",
+        help="image folder; default: images in the data set's folder, for f30k and coco as below",
+    )
     group.add_argument("--f30k_img_path", default=None, help="default: flickr30k-images in it")
     group.add_argument("--coco_img_path", default=None, help="default: coco-images in it")
     group.add_argument("--workers", type=int, default=8, help="loader processes per process")
@@ -206,7 +216,7 @@ def parse_train(
     parser = train_parser()
     first, _ = parser.parse_known_args(argv)
     if saved_arguments is None:
-        parser.set_defaults(**DATASET_DEFAULTS[first.dataset])
+        parser.set_defaults(**DATASET_DEFAULTS.get(first.dataset, {}))
     else:
         saved = _saved_flags(saved_arguments)
         parser.set_defaults(**{k: v for k, v in saved.items() if k != "resume"})
@@ -256,9 +266,9 @@ def process_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def image_path(args: argparse.Namespace) -> str:
     """Return the image folder of `args.dataset`."""
-    if args.dataset == "scenes":
-        return os.path.join(args.data_path, "scenes", "images")
-    return getattr(args, f"{args.dataset}_img_path")
+    given = getattr(args, "image_path", None)  # absent from checkpoints of before it was there
+    own = getattr(args, f"{args.dataset}_img_path", None)
+    return given or own or str(image_folder(args.data_path, args.dataset))
 
 
 AT_LEAST_ONE = """batch_size num_epochs grad_accum log_step val_step save_step embed_size img_res

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from arguments import image_path
 from lib import distributed
 from lib.data.image_cache import ImageCache
+from lib.data.layout import dense_file
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
 from lib.data.scenes.generate import generate_scenes
 from lib.data.sources import EvalCaptions, EvalImages, TrainSet
@@ -65,10 +66,16 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
     count = min(HELD_OUT_IMAGES, max(1, len(training.image_ids) // 20))
     log.say(
         f"{count} training images are held out to choose the checkpoint, as dev has no "
-        f"{missing or 'part in this run'}; with that file there a new run takes the real dev split,"
-        " --val_split test is the official habit"
+        f"{missing or 'part in this run'}; with that file there a new run takes the real dev split"
+        f"{_describe_hint(args, missing)}; --val_split test is the official habit"
     )
     return hold_out(training, count)
+
+
+def _describe_hint(args: argparse.Namespace, missing: str | None) -> str:
+    if missing is None or not missing.endswith(".jsonl"):
+        return ""
+    return f" (python -m tools.describe --dataset {args.dataset} --split dev writes it)"
 
 
 def read_split(args: argparse.Namespace, name: str, needs_dense: bool) -> Split:
@@ -96,7 +103,7 @@ def _missing_for_validation(args: argparse.Namespace, needs_dense: bool) -> str 
         return None
     folder = Path(args.data_path) / args.dataset
     needed = [folder / "dev_caps.txt", folder / "dev_ids.txt"]
-    dense = folder / f"{args.dataset}_dev.jsonl"
+    dense = dense_file(args.data_path, args.dataset, "dev")
     if args.precomp:
         needed = list(region_files(args.data_path, args.dataset, "dev"))
         dense = region_dense_file(args.data_path, args.dataset, "dev")

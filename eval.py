@@ -29,6 +29,9 @@ from lib.retrieval.evaluation import file_digest, split_similarity, split_tables
 from lib.retrieval.metrics import format_table
 from vocab import checkpoint_tokenizer
 
+# where the data lies and how it is read: always this call's, not the checkpoint's
+DATA_FLAGS = "data_path image_path f30k_img_path coco_img_path batch_size workers".split()
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; return the exit code: 0, 2 (bad input) or 3 (not finite)."""
@@ -96,7 +99,7 @@ def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
     """Return the trained arguments with where the data lies, and how to read it, from this call."""
     settings = argparse.Namespace(**vars(trained))
     settings.dataset = args.dataset or trained.dataset
-    for name in ("data_path", "f30k_img_path", "coco_img_path", "batch_size", "workers"):
+    for name in DATA_FLAGS:
         setattr(settings, name, getattr(args, name))
     settings.scenes_size = args.scenes_size or getattr(trained, "scenes_size", None)
     return settings

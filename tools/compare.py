@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from arguments import DATASET_DEFAULTS, int_list, parse_train
+from arguments import int_list, parse_train
 from lib.checkpoints.checkpoint import BEST, load_model, plain_arguments
 from lib.errors import InputError
 from lib.files import read_json, write_json, write_text_whole
 from lib.methods.registry import method_names
 from lib.retrieval import comparison
 from lib.retrieval.comparison import FinishedRun, Row, last_line
+from lib.retrieval.evaluation import find_table
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE, LOG = "compare.json", "output.log"
 TICK_SECONDS = 5.0  # how often the display and the seconds on disk are renewed
 OURS = ("--method", "--dataset", "--seed", "--logger_name", "--resume", "--overwrite")
-TABLES = {"f30k": "f30k_1k", "coco": "coco_5k", "scenes": "scenes"}  # eval.py's name of test
 
 # Rows beside each registered method with its defaults.
 VARIANTS = [
@@ -87,9 +87,11 @@ class Planned:
     def name(self) -> str:
         return f"{self.row.name} seed {self.seed}"
 
-    def table_names(self, splits: Sequence[str]) -> dict[str, str]:
-        dataset = self.settings["dataset"]
-        return {one: TABLES[dataset] if one == "test" else f"{dataset}_{one}" for one in splits}
+    def tables(self, splits: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the entries of results.json, by split, of the splits that are evaluated."""
+        results = read_json(self.folder / "results.json")
+        found = {one: find_table(results, self.settings["dataset"], one) for one in splits}
+        return {split: table for split, table in found.items() if table and "rsum" in table}
 
 
 def main(
@@ -122,7 +124,7 @@ def main(
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this tool."""
     parser = argparse.ArgumentParser("tools.compare", description=__doc__)
-    parser.add_argument("--dataset", default="scenes", choices=sorted(DATASET_DEFAULTS))
+    parser.add_argument("--dataset", default="scenes", metavar="NAME")
     parser.add_argument("--ablations", action="store_true", help="variants of seps, ranked on dev")
     parser.add_argument("--rows", default=None, help="rows to run, e.g. seps,laps; default: all")
     parser.add_argument("--seeds", type=int_list, default=[0, 1, 2], help="default: 0,1,2")
@@ -274,22 +276,20 @@ class Comparison:
         return None
 
     def _has_table(self, run: Planned, split: str) -> bool:
-        name = run.table_names([split])[split]
-        return "rsum" in read_json(run.folder / "results.json").get(name, {})
+        return bool(run.tables([split]))
 
     def finished(self, run: Planned) -> FinishedRun | None:
         """Return what the run measured, None where it is not trained and evaluated."""
         state = read_json(run.folder / STATE)
         if not state.get("trained") or "parameters" not in state:
             return None
-        if not all(self._has_table(run, split) for split in self.kind.splits):
+        tables = run.tables(self.kind.splits)
+        if len(tables) < len(self.kind.splits):
             return None
-        results = read_json(run.folder / "results.json")
-        names = run.table_names(self.kind.splits)
         return FinishedRun(
             row=run.row,
             seed=run.seed,
-            tables={split: results[name] for split, name in names.items()},
+            tables=tables,
             parameters=state["parameters"],
             seconds=state["train_seconds"],
             machine=state["machine"],
@@ -380,8 +380,9 @@ def eval_command(run: Planned, split: str) -> list[str]:
     """Return the command that evaluates the dev-chosen checkpoint; data flags as in training."""
     command = [sys.executable, str(ROOT / "eval.py"), "--checkpoint", str(run.folder / BEST)]
     command += ["--split", split]
-    for flag in ("dataset", "data_path", "f30k_img_path", "coco_img_path", "workers"):
-        command += [f"--{flag}", str(run.settings[flag])]
+    for flag in "dataset data_path image_path f30k_img_path coco_img_path workers".split():
+        if run.settings[flag] is not None:
+            command += [f"--{flag}", str(run.settings[flag])]
     return [*command, "--gpu-id", str(run.settings["gpu_id"])]
 
 

@@ -11,25 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.data.layout import (
+    caption_source,
+    dataset_folder,
+    dense_file,
+    dense_way_out,
+    file_stem,
+    image_folder,
+    image_source,
+)
 from lib.errors import InputError
 
-IMAGE_FOLDERS = {"f30k": "flickr30k-images", "coco": "coco-images", "scenes": "scenes/images"}
-IMAGE_SOURCES = {
-    "f30k": "get them from https://www.kaggle.com/datasets/hsankesara/flickr-image-dataset "
-    "or name their folder with --f30k_img_path",
-    "coco": "get train2014.zip and val2014.zip from http://images.cocodataset.org/zips/ "
-    "or name their folder with --coco_img_path",
-    "scenes": "make demo draws them",
-}
-CAPTION_SOURCES = {
-    "f30k": "copy the data/f30k folder of https://github.com/CrossmodalGroup/LAPS there",
-    "coco": "copy the data/coco folder of https://github.com/CrossmodalGroup/LAPS there",
-    "scenes": "make demo writes it",
-}
-DENSE_WAY_OUT = (
-    "generate dense texts for this split, choose a split that has them (--val_split test), "
-    "or do without (--dense_side none)"
-)
 REGION_SOURCE = (
     "SCAN's features of f30k and coco are at "
     "https://www.kaggle.com/datasets/kuanghueilee/scan-features; --precomp 0 reads image files"
@@ -71,33 +63,30 @@ def load_split(
     needs_dense: bool = False,
     check_images: bool = True,
 ) -> Split:
-    """Return split `split` (train, dev or test) of `dataset` (f30k, coco or scenes).
+    """Return split `split` (train, dev or test) of the data set in folder `data_path`/`dataset`.
 
     The ids file has a line for each caption, or one for each image (caption j then belongs to line
     j // k). `needs_dense` asks for the dense texts; `check_images=False` is for a method that reads
     no pixels: then neither the images nor id_mapping.json need to be there. Raises InputError with
     the file and line, or both counts, where the files are missing, unreadable or disagree.
     """
-    if dataset not in IMAGE_FOLDERS:
-        raise InputError(f"--dataset {dataset}: unknown, choose {', '.join(IMAGE_FOLDERS)}")
-    folder = Path(data_path) / dataset
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder} (--data_path); {CAPTION_SOURCES[dataset]}")
-    stem = _stem(dataset, split)
+    folder = dataset_folder(data_path, dataset)
+    stem = file_stem(dataset, split)
     captions_file, ids_file = folder / f"{stem}_caps.txt", folder / f"{stem}_ids.txt"
-    captions = _read_lines(captions_file, "caption", CAPTION_SOURCES[dataset])
-    lines = _read_lines(ids_file, "image id", CAPTION_SOURCES[dataset])
+    captions = _read_lines(captions_file, "caption", caption_source(dataset))
+    lines = _read_lines(ids_file, "image id", caption_source(dataset))
     line_ids = _id_of_each_caption(lines, len(captions), ids_file, captions_file)
     image_ids = list(dict.fromkeys(line_ids))
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
     names = _image_names(folder / "id_mapping.json", image_ids, dataset, required=check_images)
-    root = Path(image_path or Path(data_path) / IMAGE_FOLDERS[dataset])
+    root = Path(image_path or image_folder(data_path, dataset))
     files = [os.path.join(root, name) for name in names]
     if check_images:
         _check_images(root, files, dataset)
     dense = None
     if needs_dense:
-        dense = _read_dense(folder / f"{dataset}_{stem}.jsonl", image_ids, names)
+        way_out = dense_way_out(dataset, split)
+        dense = _read_dense(dense_file(data_path, dataset, split), image_ids, names, way_out)
     rows = np.array([row_of[image_id] for image_id in line_ids], dtype=np.int64)
     return Split(dataset, split, captions, image_ids, files, rows, dense)
 
@@ -129,7 +118,7 @@ def load_region_split(
             f"{captions_file} has {len(captions)} captions but {features_file} has {images} "
             "images; each image must have equally many captions"
         )
-    lengths_file = features_file.with_name(f"{_stem(dataset, split)}_lens.npy")
+    lengths_file = features_file.with_name(f"{file_stem(dataset, split)}_lens.npy")
     rows = np.arange(images)
     return Split(
         dataset=dataset,
@@ -145,7 +134,7 @@ def load_region_split(
 
 def region_files(data_path: str | os.PathLike, dataset: str, split: str) -> tuple[Path, Path]:
     """Return the captions and the features of a split, {dataset}_precomp/{split}_ims.npy."""
-    folder, stem = Path(data_path) / f"{dataset}_precomp", _stem(dataset, split)
+    folder, stem = Path(data_path) / f"{dataset}_precomp", file_stem(dataset, split)
     return folder / f"{stem}_caps.txt", folder / f"{stem}_ims.npy"
 
 
@@ -154,7 +143,7 @@ def region_dense_file(data_path: str | os.PathLike, dataset: str, split: str) ->
 
     Either may be missing.
     """
-    name = f"{dataset}_{_stem(dataset, split)}.jsonl"
+    name = f"{dataset}_{file_stem(dataset, split)}.jsonl"
     beside = Path(data_path) / f"{dataset}_precomp" / name
     return beside if beside.exists() else Path(data_path) / dataset / name
 
@@ -167,11 +156,6 @@ def map_array(path: Path) -> np.memmap:
         raise InputError(f"no file {path}; {REGION_SOURCE}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no whole .npy file of numbers ({error})") from None
-
-
-def _stem(dataset: str, split: str) -> str:
-    """Return what the names of a split's files begin with."""
-    return "testall" if (dataset, split) == ("coco", "test") else split
 
 
 def _regions_shape(path: Path) -> tuple[int, int, int]:
@@ -204,7 +188,7 @@ def _region_lengths(path: Path, images: int, width: int) -> np.ndarray:
 
 def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images: int) -> list[str]:
     path = region_dense_file(data_path, dataset, split)
-    return _texts_in_order(_dense_records(path), path, images)
+    return _texts_in_order(_dense_records(path, dense_way_out(dataset, split)), path, images)
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
@@ -298,7 +282,7 @@ def _image_names(path: Path, image_ids: list[str], dataset: str, required: bool)
     if not required and not path.exists():
         return []
     try:
-        mapping = json.loads(_read_text(path, CAPTION_SOURCES[dataset]))
+        mapping = json.loads(_read_text(path, caption_source(dataset)))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(mapping, dict):
@@ -315,7 +299,7 @@ def _image_names(path: Path, image_ids: list[str], dataset: str, required: bool)
 def _check_images(root: Path, files: list[str], dataset: str) -> None:
     """Raise InputError unless all files are there; one listing a folder, not one look a file."""
     if not root.is_dir():
-        raise InputError(f"no image folder {root}; {IMAGE_SOURCES[dataset]}")
+        raise InputError(f"no image folder {root}; {image_source(dataset)}")
     listing: dict[str, set[str]] = {}
     missing = []
     for file in files:
@@ -327,13 +311,15 @@ def _check_images(root: Path, files: list[str], dataset: str) -> None:
     if missing:
         raise InputError(
             f"{len(missing)} of {len(files)} images are missing ({_first_three(missing)}); "
-            f"{IMAGE_SOURCES[dataset]}"
+            f"{image_source(dataset)}"
         )
 
 
-def _read_dense(path: Path, image_ids: list[str], names: list[str]) -> list[str]:
+def _read_dense(
+    path: Path, image_ids: list[str], names: list[str], way_out: str
+) -> list[str]:
     """Return one dense text an image, matched by `image_id`, else `file_name`, else by order."""
-    records = _dense_records(path)
+    records = _dense_records(path, way_out)
     if any("image_id" in record for record in records):
         texts = _texts_by_key(records, "image_id", path)
         found = [texts.get(one) for one in image_ids]
@@ -346,15 +332,15 @@ def _read_dense(path: Path, image_ids: list[str], names: list[str]) -> list[str]
     if without or len(found) < len(image_ids):
         raise InputError(
             f"{path}: no dense text for {len(without) or len(image_ids)} of {len(image_ids)} "
-            f"images (image ids {_first_three(without or image_ids)}); {DENSE_WAY_OUT}"
+            f"images (image ids {_first_three(without or image_ids)}); {way_out}"
         )
     return found
 
 
-def _dense_records(path: Path) -> list[dict]:
+def _dense_records(path: Path, way_out: str) -> list[dict]:
     if not path.exists():
-        raise InputError(f"the method needs dense texts, but there is no {path}; {DENSE_WAY_OUT}")
-    lines = text_lines(path, DENSE_WAY_OUT)
+        raise InputError(f"the method needs dense texts, but there is no {path}; {way_out}")
+    lines = text_lines(path, way_out)
     return [parse_dense(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
 
 

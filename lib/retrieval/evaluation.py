@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from lib.retrieval.similarity import (
 )
 
 COCO_FOLDS = 5
+PUBLISHED_NAMES = {("f30k", 1000): "f30k_1k", ("coco", 5000): "coco_5k"}
 
 
 @dataclass
@@ -94,17 +96,28 @@ def split_results(
 def split_tables(
     dataset: str, split: str, caption_images: np.ndarray, matrix: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    """Return recalls of a split by the field's names: f30k_1k, coco_1k and coco_5k, scenes."""
-    rows = caption_images
-    if dataset == "coco" and split == "test":
-        tables = {"coco_5k": split_results(matrix, rows)}
-        if matrix.shape[0] % COCO_FOLDS == 0:
-            tables = {"coco_1k": split_results(matrix, rows, folds=COCO_FOLDS), **tables}
-        return tables
-    name = {"f30k": "f30k_1k", "scenes": "scenes"}.get(dataset, dataset)
+    """Return recalls of a split, named by data set and number of images.
+
+    The field's names, f30k_1k, coco_1k (five folds) and coco_5k, stand only where the counts are
+    those; other test splits are NAME_N, and `scenes` is scenes.
+    """
+    rows, images = caption_images, matrix.shape[0]
     if split != "test":
-        name = f"{dataset}_{split}"
-    return {name: split_results(matrix, rows)}
+        return {f"{dataset}_{split}": split_results(matrix, rows)}
+    name = PUBLISHED_NAMES.get((dataset, images), f"{dataset}_{images}")
+    tables = {}
+    if name == "coco_5k":
+        tables["coco_1k"] = split_results(matrix, rows, folds=COCO_FOLDS)
+    return {**tables, "scenes" if dataset == "scenes" else name: split_results(matrix, rows)}
+
+
+def find_table(results: dict[str, Any], dataset: str, split: str) -> dict[str, Any] | None:
+    """Return the whole split's entry of a results.json (not the mean over folds), None without."""
+    if split != "test":
+        return results.get(f"{dataset}_{split}")
+    names = [PUBLISHED_NAMES[key] for key in PUBLISHED_NAMES if key[0] == dataset] + [dataset]
+    names += [name for name in results if re.fullmatch(re.escape(dataset) + r"_\d+", name)]
+    return next((results[name] for name in names if name in results), None)
 
 
 def evaluate_split(

@@ -96,7 +96,7 @@ def test_trains_and_evaluates_on_regions(folder, method, monkeypatch):
     seen.clear()
     argv = ["--checkpoint", str(run / "model_best.pth"), "--data_path", str(folder.parent)]
     assert evaluation.main(argv) == 0
-    table = json.loads((run / "results.json").read_text())["f30k_1k"]
+    table = json.loads((run / "results.json").read_text())[f"f30k_{IMAGES}"]
     assert (table["method"], table["val_split"]) == (method, "dev")
     assert (table["images"], table["captions"]) == (IMAGES, IMAGES * CAPTIONS)
     ((_, pixels, lengths),) = seen

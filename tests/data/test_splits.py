@@ -140,8 +140,35 @@ def refuses(root: Path, *parts: str, dataset: str = "f30k", split: str = "train"
     assert "\n" not in message
 
 
-def test_refuses_unknown_dataset(root):
-    refuses(root, "--dataset flowers", "f30k", dataset="flowers")
+def test_any_folder_is_a_data_set_and_its_images_lie_in_it(root):
+    (root / "f30k").rename(root / "flowers")
+    (root / "flickr30k-images").rename(root / "flowers" / "images")
+    write_lines(
+        root / "flowers" / "flowers_train.jsonl", [json.dumps({"text": t}) for t in ("a", "b", "c")]
+    )
+    split = load_split(root, "flowers", "train", needs_dense=True)
+    assert split.dataset == "flowers"
+    assert split.image_files[0] == str(root / "flowers" / "images" / "seven.jpg")
+    assert split.dense == ["a", "b", "c"]
+    (root / "flowers" / "images").rename(root / "elsewhere")
+    refuses(root, "no image folder", "--image_path", dataset="flowers")
+    assert load_split(root, "flowers", "train", image_path=root / "elsewhere").image_files
+
+
+def test_refuses_an_unknown_dataset_with_those_there_are(root):
+    refuses(root, "--dataset flowers", "which has f30k", "tools.prepare", dataset="flowers")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("/sets/flowers/", "--data_path /sets --dataset flowers"),
+        ("../flowers", "--data_path .. --dataset flowers"),
+        ("..", "--dataset .."),
+    ],
+)
+def test_refuses_a_path_for_a_dataset(root, name, told):
+    refuses(root, told, dataset=name)
 
 
 def test_refuses_missing_dataset_folder(root):
@@ -227,7 +254,8 @@ def test_refuses_broken_mappings(root):
 
 def test_refuses_a_split_without_dense_texts_where_they_are_needed(root):
     path = root / "f30k" / "f30k_train.jsonl"
-    refuses(root, f"no {path}", "--val_split test", "--dense_side none", needs_dense=True)
+    told = "tools.describe --dataset f30k --split train", "--val_split test", "--dense_side none"
+    refuses(root, f"no {path}", *told, needs_dense=True)
 
 
 @pytest.mark.parametrize(
