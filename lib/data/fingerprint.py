@@ -1,0 +1,57 @@
+"""What a split's data is, in a few numbers: kept with a run, so that another data set is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lib.data.splits import Split
+
+COUNTS = ("images", "captions")
+
+
+def split_fingerprint(split: Split) -> dict[str, Any]:
+    """Return plain values that two splits share only where texts, ids and their order are the same.
+
+    Counts of images and captions, and SHA-256 digests: of the captions, of each caption's image id,
+    and of the dense texts where they are read. The pixels are not read.
+    """
+    of_captions = (split.image_ids[row] for row in split.caption_image.tolist())
+    return {
+        "dataset": split.dataset,
+        "split": split.name,
+        "images": len(split.image_ids),
+        "captions": len(split.captions),
+        "captions_sha256": _digest(split.captions),
+        "ids_sha256": _digest(of_captions),
+        "dense_sha256": None if split.dense is None else _digest(split.dense),
+    }
+
+
+def fingerprint_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs, each as words for a sentence; empty where nothing does.
+
+    Where one side has no digest of dense texts, as they were not read, none is compared.
+    """
+    found = []
+    for key in ("dataset", "split"):
+        if then.get(key) != now.get(key):
+            found.append(f"{key} {now.get(key)} (was {then.get(key)})")
+    counts = [key for key in COUNTS if then.get(key) != now.get(key)]
+    found += [f"{now.get(key)} {key} (was {then.get(key)})" for key in counts]
+    digests = {"captions_sha256": "the captions' words or order", "ids_sha256": "the image ids"}
+    if "captions" not in counts:  # else the digests say nothing new
+        found += [told for key, told in digests.items() if then.get(key) != now.get(key)]
+    dense = then.get("dense_sha256"), now.get("dense_sha256")
+    if None not in dense and dense[0] != dense[1]:
+        found.append("the dense texts")
+    return found
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogatepass"))
+        digest.update(b"\n")
+    return digest.hexdigest()
