@@ -26,7 +26,7 @@ from lib.errors import InputError, NonFiniteError
 from lib.methods.base import Method
 from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import file_digest, split_similarity, split_tables, write_results
-from lib.retrieval.metrics import format_table
+from lib.retrieval.tables import format_table
 from vocab import checkpoint_tokenizer
 
 # where the data lies and how it is read: always this call's, not the checkpoint's

@@ -20,7 +20,8 @@ from lib.distributed import is_main
 from lib.errors import NonFiniteError
 from lib.files import write_text_whole
 from lib.methods.base import Method
-from lib.retrieval.metrics import fold_metrics, recall_intervals, recall_metrics
+from lib.retrieval.bootstrap import recall_intervals
+from lib.retrieval.metrics import fold_metrics, recall_metrics
 from lib.retrieval.similarity import (
     encode_batches,
     gather_texts,

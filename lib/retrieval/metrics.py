@@ -1,4 +1,4 @@
-"""From a similarity matrix to ranks, recall@K, rSum, folds, intervals and the printed table.
+"""From a similarity matrix to ranks, and from ranks to recall@K, rSum and means over folds.
 
 `similarity[i, j]` scores image i against caption j, higher is better. Image-to-text (I2T) ranks
 the captions of a row, text-to-image (T2I) the images of a column. Numpy only; whatever
@@ -7,7 +7,8 @@ the captions of a row, text-to-image (T2I) the images of a column. Numpy only; w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -16,8 +17,43 @@ from numpy.typing import ArrayLike
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("i2t", "t2i")
-TABLE_WIDTH = 80
 _CHUNK_VALUES = 2**22  # matrix entries looked at together: a few MiB of temporaries
+
+
+@dataclass(frozen=True)
+class QueryRanks:
+    """The rank of every query of both directions, from 1: all that recalls are computed from."""
+
+    i2t: np.ndarray  # (N_images,) of each image's best caption
+    t2i: np.ndarray  # (N_captions,) of each caption's image
+    caption_images: np.ndarray  # (N_captions,) row of each caption's image
+    folds: int = 1  # equal consecutive parts of the images that were ranked apart
+    ties: int = 0  # queries of both directions whose right candidate ties with a wrong one
+
+    def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (image rows, captions), as indices, of each fold."""
+        size = len(self.i2t) // self.folds
+        fold_of = self.caption_images // size
+        return [
+            (np.arange(fold * size, (fold + 1) * size), np.flatnonzero(fold_of == fold))
+            for fold in range(self.folds)
+        ]
+
+    def metrics(self, recall_at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
+        """Return what `recall_metrics` does, as means over the folds; ties are their sum."""
+        parts = [
+            _summary((self.i2t[images], self.t2i[captions]), recall_at)
+            for images, captions in self.parts()
+        ]
+        metrics: dict[str, Any] = {
+            way: {
+                name: float(np.mean([part[way][name] for part in parts])) for name in parts[0][way]
+            }
+            for way in DIRECTIONS
+        }
+        metrics["rsum"] = float(np.mean([part["rsum"] for part in parts]))
+        metrics["ties"] = self.ties
+        return metrics
 
 
 def recall_metrics(
@@ -25,24 +61,26 @@ def recall_metrics(
     captions_per_image: int = 5,
     *,
     caption_images: ArrayLike | None = None,
+    recall_at: Sequence[int] = RECALL_AT,
 ) -> dict[str, Any]:
-    """Return recall@1/5/10, median and mean rank of both directions, rSum and the tied queries.
+    """Return recall@K, median and mean rank of both directions, rSum and the tied queries.
 
     similarity: (N_images, N_captions), finite. captions_per_image: k, where captions i*k to
     i*k+k-1 belong to image i; `caption_images` (N_captions,), each caption's image row, takes its
-    place where captions per image differ.
+    place where captions per image differ. `recall_at` adds to the K of 1, 5 and 10.
 
     The result is {"i2t": {"r1", "r5", "r10", "medr", "meanr"}, "t2i": {...}, "rsum", "ties"}:
-    recall in percent 0-100, ranks from 1, rSum 0-600, ties a number of queries (see `ranks`).
-    Raises ValueError for a value that is not finite, a shape that does not fit and an image
-    without a caption.
+    recall in percent 0-100, ranks from 1, rSum 0-600 (always of 1, 5 and 10), ties a number of
+    queries (see `ranks`). Raises ValueError for a value that is not finite, a shape that does not
+    fit and an image without a caption.
 
     NOTE: medr is the plain median, x.5 where the two middle ranks of an even number of queries
     differ by an odd number. The evaluation code that the field inherits from VSE++ rounds that
     half down. The official recording (tests/golden) holds whole medians and agrees with both.
     """
-    similarity, caption_images = _checked(similarity, captions_per_image, caption_images)
-    return _summary(*_ranks(similarity, caption_images))
+    return query_ranks(similarity, captions_per_image, caption_images=caption_images).metrics(
+        recall_at
+    )
 
 
 def ranks(similarity: ArrayLike, caption_images: ArrayLike) -> tuple[np.ndarray, np.ndarray, int]:
@@ -57,12 +95,39 @@ def ranks(similarity: ArrayLike, caption_images: ArrayLike) -> tuple[np.ndarray,
     return _ranks(*_checked(similarity, None, caption_images))
 
 
+def query_ranks(
+    similarity: ArrayLike,
+    captions_per_image: int = 5,
+    *,
+    caption_images: ArrayLike | None = None,
+    folds: int = 1,
+) -> QueryRanks:
+    """Return the ranks of all queries; with `folds` > 1 each within its part of the gallery.
+
+    Errors as in `recall_metrics`, and ValueError where the images do not divide into `folds`.
+    """
+    similarity, caption_images = _checked(similarity, captions_per_image, caption_images)
+    n_images, n_captions = similarity.shape
+    if folds < 1 or n_images % folds:
+        raise ValueError(f"{n_images} images do not divide into {folds} equal folds")
+    empty = np.zeros(n_images, np.int64), np.zeros(n_captions, np.int64)
+    found = QueryRanks(*empty, caption_images, folds)
+    ties = 0
+    for images, captions in found.parts():
+        part = similarity[images[0] : images[-1] + 1, _as_slice(captions)]
+        owners = caption_images[captions] - images[0]
+        found.i2t[images], found.t2i[captions], tied = _ranks(part, owners)
+        ties += tied
+    return QueryRanks(found.i2t, found.t2i, caption_images, folds, ties)
+
+
 def fold_metrics(
     similarity: ArrayLike,
     folds: int = 5,
     captions_per_image: int = 5,
     *,
     caption_images: ArrayLike | None = None,
+    recall_at: Sequence[int] = RECALL_AT,
 ) -> dict[str, Any]:
     """Return `recall_metrics` averaged over equal, consecutive parts of the gallery.
 
@@ -70,78 +135,15 @@ def fold_metrics(
     captions. Recalls, ranks and rSum are means over the folds, ties their sum. Raises ValueError
     where the images do not divide into `folds`, else as `recall_metrics` does.
     """
-    similarity, caption_images = _checked(similarity, captions_per_image, caption_images)
-    parts = [_summary(*_ranks(*fold)) for fold in _folds(similarity, caption_images, folds)]
-    metrics: dict[str, Any] = {
-        direction: {
-            name: float(np.mean([part[direction][name] for part in parts]))
-            for name in parts[0][direction]
-        }
-        for direction in DIRECTIONS
-    }
-    metrics["rsum"] = float(np.mean([part["rsum"] for part in parts]))
-    metrics["ties"] = sum(part["ties"] for part in parts)
-    return metrics
+    found = query_ranks(similarity, captions_per_image, caption_images=caption_images, folds=folds)
+    return found.metrics(recall_at)
 
 
-def recall_intervals(
-    similarity: ArrayLike,
-    captions_per_image: int = 5,
-    *,
-    caption_images: ArrayLike | None = None,
-    folds: int = 1,
-    repeats: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, list[float]]:
-    """Return [low, high] of each recall ("i2t_r1" ... "t2i_r10", percent) and of "rsum".
-
-    Percentile bootstrap (Efron 1979) over the queries: images are drawn with replacement, each
-    with all its captions, `repeats` times; ranks stay those against the full gallery. `level` in
-    (0, 1) is the share of draws inside. With `folds` > 1 images are drawn within each fold and
-    the folds averaged, which matches `fold_metrics`. The same seed gives the same intervals.
-    Raises ValueError for `repeats` < 1, `level` outside (0, 1), else as `fold_metrics` does.
-    """
-    if repeats < 1 or not 0 < level < 1:
-        raise ValueError(f"need repeats >= 1 and 0 < level < 1, not {repeats} and {level}")
-    similarity, caption_images = _checked(similarity, captions_per_image, caption_images)
-    rng = np.random.default_rng(seed)
-    draws = np.mean(
-        [
-            _resampled_recalls(fold, owners, repeats, rng)
-            for fold, owners in _folds(similarity, caption_images, folds)
-        ],
-        axis=0,
-    )  # (repeats, 6)
-    draws = np.column_stack([draws, draws.sum(1)])  # (repeats, 7)
-    bounds = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)  # (2, 7)
-    names = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RECALL_AT] + ["rsum"]
-    return {
-        name: [float(low), float(high)] for name, (low, high) in zip(names, bounds.T, strict=True)
-    }
-
-
-def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a plain-text table, at most 80 columns wide, with one row per split.
-
-    results: split name -> what `recall_metrics` or `fold_metrics` returned; further keys are
-    left alone. Columns: I2T and T2I R@1, R@5, R@10 in percent, and rSum. A name too long for the
-    line is cut and ends in "…".
-    """
-    columns = [f"R@{k}" for k in RECALL_AT] * 2 + ["rSum"]
-    room = TABLE_WIDTH - 7 * len(columns)
-    names = {split: split if len(split) <= room else split[: room - 1] + "…" for split in results}
-    width = max(map(len, ["split", *names.values()]))
-    lines = [
-        f"{'':{width}}{'I2T':>21}{'T2I':>21}".rstrip(),
-        f"{'split':{width}}" + "".join(f"{column:>7}" for column in columns),
-    ]
-    lines.append("-" * len(lines[-1]))
-    for split, metrics in results.items():
-        values = [metrics[direction][f"r{k}"] for direction in DIRECTIONS for k in RECALL_AT]
-        row = "".join(f"{value:7.1f}" for value in [*values, metrics["rsum"]])
-        lines.append(f"{names[split]:{width}}{row}")
-    return "\n".join(lines)
+def recall_depths(recall_at: Sequence[int] = RECALL_AT) -> tuple[int, ...]:
+    """Return the K of all recalls, ascending: those asked for and the field's 1, 5 and 10."""
+    if any(not isinstance(k, Integral) or k < 1 for k in recall_at):
+        raise ValueError(f"recall is at whole numbers from 1, not at {list(recall_at)}")
+    return tuple(sorted({*RECALL_AT, *map(int, recall_at)}))
 
 
 def _checked(
@@ -247,51 +249,21 @@ def _ranks(
     return 1 + i2t_at_least - own, t2i_at_least, int(ties)
 
 
-def _summary(i2t_ranks: np.ndarray, t2i_ranks: np.ndarray, ties: int) -> dict[str, Any]:
+def _summary(
+    found: tuple[np.ndarray, np.ndarray], recall_at: Sequence[int] = RECALL_AT
+) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    for direction, found in zip(DIRECTIONS, (i2t_ranks, t2i_ranks), strict=True):
+    for direction, one in zip(DIRECTIONS, found, strict=True):
         metrics[direction] = {
-            f"r{k}": 100 * np.count_nonzero(found <= k) / len(found) for k in RECALL_AT
+            f"r{k}": 100 * np.count_nonzero(one <= k) / len(one) for k in recall_depths(recall_at)
         }
-        metrics[direction] |= {"medr": float(np.median(found)), "meanr": float(np.mean(found))}
+        metrics[direction] |= {"medr": float(np.median(one)), "meanr": float(np.mean(one))}
     metrics["rsum"] = sum(metrics[way][f"r{k}"] for way in DIRECTIONS for k in RECALL_AT)
-    metrics["ties"] = ties
     return metrics
 
 
-def _folds(
-    similarity: np.ndarray, caption_images: np.ndarray, folds: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each fold's matrix and its captions' image rows, counted from the fold's first."""
-    n_images = len(similarity)
-    if folds < 1 or n_images % folds:
-        raise ValueError(f"{n_images} images do not divide into {folds} equal folds")
-    size = n_images // folds
-    for start in range(0, n_images, size):
-        captions = np.flatnonzero(caption_images // size == start // size)
-        owners = caption_images[captions] - start
-        if captions[-1] - captions[0] + 1 == len(captions):
-            captions = slice(captions[0], captions[-1] + 1)  # neighbours: a view, not a copy
-        yield similarity[start : start + size, captions], owners
-
-
-def _resampled_recalls(
-    similarity: np.ndarray, caption_images: np.ndarray, repeats: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Return the (repeats, 6) recalls of `repeats` draws of images, I2T before T2I."""
-    n_images = len(similarity)
-    i2t_ranks, t2i_ranks, _ = _ranks(similarity, caption_images)
-    i2t_hits = np.stack([i2t_ranks <= k for k in RECALL_AT], axis=1)  # (N_images, 3)
-    t2i_hits = np.stack(
-        [np.bincount(caption_images[t2i_ranks <= k], minlength=n_images) for k in RECALL_AT],
-        axis=1,
-    )  # (N_images, 3) captions of the image that find it
-    captions = np.bincount(caption_images, minlength=n_images)  # (N_images,)
-
-    per_image = np.column_stack([i2t_hits, t2i_hits, captions]).astype(float)  # (N_images, 7)
-    recalls = np.empty((repeats, 2 * len(RECALL_AT)))
-    for repeat in range(repeats):
-        times = np.bincount(rng.integers(n_images, size=n_images), minlength=n_images)
-        *hits, drawn_captions = times @ per_image
-        recalls[repeat] = 100 * np.array(hits) / np.repeat([n_images, drawn_captions], 3)
-    return recalls
+def _as_slice(captions: np.ndarray) -> slice | np.ndarray:
+    """Return neighbours as a slice: a view of the matrix, not a copy."""
+    if captions[-1] - captions[0] + 1 == len(captions):
+        return slice(captions[0], captions[-1] + 1)
+    return captions

@@ -9,13 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.retrieval import metrics
-from lib.retrieval.metrics import (
-    fold_metrics,
-    format_table,
-    ranks,
-    recall_intervals,
-    recall_metrics,
-)
+from lib.retrieval.bootstrap import recall_intervals
+from lib.retrieval.metrics import fold_metrics, ranks, recall_metrics
+from lib.retrieval.tables import format_table
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recall_metrics.npz"
 
