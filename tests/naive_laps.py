@@ -18,9 +18,8 @@ def image_tokens(network, patches, cls, image_global, text_global):
     drop = [i for i in range(len(patches)) if i not in keep]
     logits = network.head.weight(patches[keep]) * network.head.scale[0, 0, 0]  # (K, N_c)
     tokens = [logits.softmax(0).T @ patches[keep]]
-    fused = sum((w * patches[i] for w, i in zip(scores[drop].softmax(0), drop, strict=True)), 0)
     if drop:
-        tokens.append(unit(fused)[None])
+        tokens.append(unit(scores[drop].softmax(0) @ patches[drop])[None])
     tokens[0] = unit(tokens[0])
     if not drop:
         tokens.append(torch.zeros_like(patches[:1]))
@@ -45,11 +44,12 @@ def threshold_similarity(affinity, threshold):
 
 def attention_similarity(words, tokens, affinity, i2t, t2i, temperature):
     total = 0
+    for_tokens, for_words = i2t(words), t2i(words)
     for n, token in enumerate(tokens):
-        share = torch.stack([i2t(word) @ token / temperature for word in words]).softmax(0)
+        share = (for_tokens @ token / temperature).softmax(0)
         total = total + (share * affinity[:, n]).sum() / len(tokens)
-    for m, word in enumerate(words):
-        share = torch.stack([t2i(word) @ token / temperature for token in tokens]).softmax(0)
+    for m in range(len(words)):
+        share = (tokens @ for_words[m] / temperature).softmax(0)
         total = total + (share * affinity[m]).sum() / len(words)
     return total
 

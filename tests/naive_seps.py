@@ -18,11 +18,12 @@ def stretched(x):
 
 
 def cosine_scores(patches, text):
-    return stretched(torch.stack([unit(p) @ unit(text) for p in patches])).detach()
+    return stretched(unit(patches) @ unit(text)).detach()
 
 
 def kept_indices(significance, k):
-    order = sorted(range(len(significance)), key=lambda i: (-float(significance[i]), i))
+    values = significance.tolist()
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
     return sorted(order[:k])
 
 
