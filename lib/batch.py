@@ -17,6 +17,14 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
+def image_size(img_res: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of `--img_res`: one side for a square, or both."""
+    if isinstance(img_res, int):
+        return img_res, img_res
+    height, width = img_res
+    return height, width
+
+
 @dataclass
 class Batch:
     """Matching image-caption pairs as the loader hands them out; row i of every field is pair i.

@@ -63,10 +63,11 @@ def draw(args: argparse.Namespace) -> np.ndarray:
         texts = loaders.captions.first(columns)
         kept = kept_for(model, image, texts)
         source = rgb_image(image.pixels[0])
-        whole = kept_overlay(source, np.ones(kept.shape[1], bool), SIDE)
+        grid = model.image_encoder.grid
+        whole = kept_overlay(source, np.ones(kept.shape[1], bool), grid, SIDE)
         pictures = [with_caption(whole, f"image {split.image_ids[row]}")]
         pictures += [
-            with_caption(kept_overlay(source, mask, SIDE), split.captions[column])
+            with_caption(kept_overlay(source, mask, grid, SIDE), split.captions[column])
             for mask, column in zip(kept, columns, strict=True)
         ]
         lines.append(beside(pictures))

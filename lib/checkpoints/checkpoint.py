@@ -91,9 +91,8 @@ def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(encoder: nn.Module | None) -> dict | None:
-    backbone = getattr(encoder, "backbone", None)
-    config = getattr(backbone, "config", None)
-    return None if config is None else json.loads(config.to_json_string(use_diff=False))
+    """Return what rebuilds the encoder; None for precomputed regions and where there is none."""
+    return encoder.config() if hasattr(encoder, "config") else None
 
 
 def load_model(

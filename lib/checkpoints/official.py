@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from lib.errors import InputError
 from lib.methods import registry
 from lib.methods.base import Method
-from lib.model.encoders import hub_id
+from lib.model.backbones import hub_id
 
 METHODS = ("laps", "seps_released", "ilaps")
 PREFIXES = ("img_enc.", "txt_enc.", "cross_net.")

@@ -14,6 +14,7 @@ from lib.errors import InputError
 from lib.methods.base import Method, Prepared
 from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
+from lib.model.image_backbones import pretrained_size
 from lib.model.losses import AlignmentLoss
 from lib.model.pooling import GPO, TokenHead
 from lib.model.precision import full_precision
@@ -27,15 +28,16 @@ DROP_RATE = 0.2  # largest chance of a token to be lost
 # --- formulas ----------------------------------------------------------------------------------
 
 
-def radial_order(centres: Tensor, side: int) -> Tensor:
-    """Return the patches of a square grid by distance from each centre: (B,) -> (B, side²).
+def radial_order(centres: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the patches of a (rows, columns) grid by distance from each centre: (B,) -> (B, L).
 
     Centres and results are row-major patch numbers, the nearest patch first. NOTE: the official
     code ranks by exp(−4·distance), the same order until it underflows on a 24×24 grid.
     """
-    patch = torch.arange(side * side, device=centres.device)
-    down = patch // side - (centres // side)[:, None]  # (B, side²)
-    right = patch % side - (centres % side)[:, None]
+    rows, columns = grid
+    patch = torch.arange(rows * columns, device=centres.device)
+    down = patch // columns - (centres // columns)[:, None]  # (B, L)
+    right = patch % columns - (centres % columns)[:, None]
     return (down.square() + right.square()).argsort(dim=1, stable=True)
 
 
@@ -80,6 +82,11 @@ def drop_tokens(mask: Tensor) -> Tensor:
 # --- views of an image -------------------------------------------------------------------------
 
 
+def cuts_into(encoder: ImageEncoder) -> bool:
+    """Return whether views are cut between the embeddings and the blocks: ViT alone lets them."""
+    return encoder.backbone.config.model_type == "vit"
+
+
 def run_blocks(backbone: nn.Module, hidden: Tensor) -> Tensor:
     """Return what a ViT's blocks, without the final LayerNorm, make of any tokens (B, N, width).
 
@@ -96,26 +103,26 @@ def view_tokens(encoder: ImageEncoder, pixels: Tensor, centres: Tensor, share: f
     """Return the unprojected tokens of radial views, (V·B, N, width), all of the first view first.
 
     Each view keeps int(share · tokens) patches, those nearest to its centre: centres (V, B) in
-    [0, 1) say where in the row-major order it lies. A ViT runs its blocks on [CLS] and those.
+    [0, 1) say where in the row-major order it lies. A ViT runs its blocks on [CLS] and those; of
+    other encoders, views are taken from the output.
     """
-    hidden = _embed(encoder, pixels)  # (B, [1+] L, width)
-    first = int(encoder.has_cls)
-    patches = hidden.shape[1] - first
-    count = max(1, min(patches, int(hidden.shape[1] * share)))
+    hidden = _embed(encoder, pixels)  # (B, [CLS] + registers + L, width)
+    patches = encoder.num_patches
+    count = max(1, min(patches, int((encoder.has_cls + patches) * share)))
     numbers = (centres.flatten() * patches).long()  # (V·B,)
-    chosen = radial_order(numbers, math.isqrt(patches))[:, :count] + first
+    chosen = radial_order(numbers, encoder.grid)[:, :count] + encoder.layout.first_patch
     if encoder.has_cls:
         chosen = torch.cat([torch.zeros_like(chosen[:, :1]), chosen], dim=1)
-    repeated = hidden.repeat(len(centres), 1, 1)  # (V·B, [1+] L, width)
+    repeated = hidden.repeat(len(centres), 1, 1)  # (V·B, N, width)
     views = repeated.gather(1, chosen[:, :, None].expand(-1, -1, hidden.shape[2]))
-    return run_blocks(encoder.backbone, views) if encoder.has_cls else views
+    return run_blocks(encoder.backbone, views) if cuts_into(encoder) else views
 
 
 def _embed(encoder: ImageEncoder, pixels: Tensor) -> Tensor:
-    """Return the tokens that views are taken from: before a ViT's blocks, after Swin's."""
-    if not encoder.has_cls:
+    """Return the tokens that views are taken from: before a ViT's blocks, after any other's."""
+    if not cuts_into(encoder):
         return encoder.hidden(pixels)
-    resized = pixels.shape[-1] != encoder.backbone.config.image_size
+    resized = tuple(pixels.shape[-2:]) != pretrained_size(encoder.backbone)
     return encoder.backbone.embeddings(encoder.normalise(pixels), interpolate_pos_encoding=resized)
 
 
@@ -130,9 +137,9 @@ class AVSE(Method):
     (B_t, 1, C). View centres are drawn per image and view in training; in evaluation one pair of
     centres, fixed by `seed`, serves all images.
 
-    Swin: its windows need the whole grid, so views are taken from its output tokens. NOTE: for Swin
-    the official code samples no views; then both are the same, and neither the asymmetry nor the
-    cross-correlation term has anything to work on.
+    Swin's windows need the whole grid, so views are taken from its output tokens, as from any other
+    encoder's but ViT's. NOTE: for Swin the official code samples no views; then both are the same,
+    and neither the asymmetry nor the cross-correlation term has anything to work on.
     """
 
     def __init__(
@@ -165,7 +172,7 @@ class AVSE(Method):
         # the heads above take the place of these, which would be left without gradient
         image_encoder.proj = nn.Identity()
         text_encoder.proj = nn.Identity()
-        if image_encoder.has_cls:
+        if cuts_into(image_encoder):
             image_encoder.backbone.layernorm = nn.Identity()
 
     @classmethod

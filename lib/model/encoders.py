@@ -1,134 +1,24 @@
-"""ViT, Swin and BERT from transformers: pixels or word ids -> projected `Tokens`."""
+"""Image and text encoders: pixels or word ids -> projected `Tokens`, whatever the backbone."""
 
 from __future__ import annotations
 
-import os
+import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    BertConfig,
-    BertModel,
-    PretrainedConfig,
-    SwinModel,
-    ViTConfig,
-    ViTModel,
-)
 
-from lib.batch import Tokens, length_mask
+from lib.batch import Tokens, image_size, length_mask
 from lib.errors import InputError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-HUB_IDS = {
-    "vit": "google/vit-base-patch16-224-in21k",
-    "vit_224": "google/vit-base-patch16-224-in21k",
-    "vit_384": "google/vit-base-patch16-384",
-    "swin": "microsoft/swin-base-patch4-window7-224",
-    "swin_224": "microsoft/swin-base-patch4-window7-224",
-    "swin_384": "microsoft/swin-base-patch4-window12-384",
-}
-HUB_OWNERS = {"vit-": "google/", "swin-": "microsoft/"}  # owners of names given without one
-BACKBONES = {"vit": ViTModel, "swin": SwinModel, "bert": BertModel}
-
-
-def hub_id(name: str) -> str:
-    """Return the hub id or folder that `--vit_type`/`--bert_path` stands for."""
-    if name in HUB_IDS:
-        return HUB_IDS[name]
-    if "/" not in name and not os.path.isdir(name):
-        for prefix, owner in HUB_OWNERS.items():
-            if name.startswith(prefix):
-                return owner + name
-    return name
-
-
-def tiny_image_config(img_res: int, width: int, layers: int, patch_size: int) -> ViTConfig:
-    """Return the ViT that `--vit_type tiny` trains from scratch."""
-    return ViTConfig(
-        image_size=img_res,
-        patch_size=patch_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 16),
-        intermediate_size=4 * width,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-def tiny_text_config(vocab_size: int, width: int, layers: int, positions: int) -> BertConfig:
-    """Return the BERT that `--bert_path tiny` trains from scratch."""
-    return BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 16),
-        intermediate_size=4 * width,
-        max_position_embeddings=max(64, positions),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-def load_backbone(source: str | PretrainedConfig, flag: str) -> nn.Module:
-    """Return the backbone in float32 without its pooling layer.
-
-    `source` is a hub id, a local folder, or a config, which gives random weights. Raises InputError
-    where it can't be found, is of an unsupported kind, or where the file's weights leave a part of
-    the network uninitialised.
-    """
-    config = source if isinstance(source, PretrainedConfig) else _load_config(source, flag)
-    kind = BACKBONES.get(config.model_type)
-    if kind is None:
-        raise InputError(
-            f"{flag} {source}: model type {config.model_type!r} is not supported; "
-            f"choose one of {', '.join(BACKBONES)}"
-        )
-    if isinstance(source, PretrainedConfig):
-        try:
-            return kind(config, add_pooling_layer=False).float()
-        except ValueError as error:
-            raise InputError(f"{flag}: no such network can be built ({_first(error)})") from None
-    try:
-        model, report = kind.from_pretrained(
-            source,
-            add_pooling_layer=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{flag} {source}: no weights could be loaded ({_first(error)})") from None
-    missing = [key for key in report["missing_keys"] if "position_ids" not in key]
-    mismatched = [str(key) for key in report.get("mismatched_keys", [])]
-    if missing or mismatched:
-        raise InputError(
-            f"{flag} {source}: the file lacks or has other shapes for "
-            f"{len(missing) + len(mismatched)} weights, the first {(*missing, *mismatched)[0]}"
-        )
-    return model.float()
-
-
-def _load_config(source: str, flag: str) -> PretrainedConfig:
-    if os.path.sep in source and source[0] in "./~" and not Path(source).is_dir():
-        raise InputError(f"{flag} {source}: no such folder")
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{flag} {source}: neither a folder with a config.json nor a model that the hub "
-            f"hands out here; give a local folder, or tiny ({_first(error)})"
-        ) from None
-
-
-def _first(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+from lib.model.backbones import (
+    hub_id,
+    load_backbone,
+    saved_config,
+    tiny_image_config,
+    tiny_text_config,
+)
+from lib.model.image_backbones import image_tokens, token_layout
+from lib.model.preprocessing import Preprocessing, choose_preprocessing
 
 
 def _projection(width: int, embed_size: int) -> nn.Module:
@@ -136,56 +26,72 @@ def _projection(width: int, embed_size: int) -> nn.Module:
 
 
 class ImageEncoder(nn.Module):
-    """ViT or Swin, then a projection to the joint space.
+    """Any image backbone, then a projection to the joint space.
 
-    pixels (B, 3, R, R) -> Tokens(local (B, L, C), cls (B, 1, C) or None). uint8 pixels are scaled
-    and normalised with ImageNet's statistics here, on the device; float pixels are taken as
-    normalised already. `num_patches` (L) and `has_cls` are read off the backbone's own output.
+    pixels (B, 3, H, W) -> Tokens(local (B, L, C), cls (B, 1, C) or None), patches row by row in a
+    `grid` of (rows, columns). uint8 pixels are scaled and normalised here, on the device, with what
+    `preprocessing` says; float pixels are taken as normalised already. `layout` tells what the
+    backbone's output holds; its registers are never handed on. `img_res` is a side in pixels, or
+    (height, width). Raises InputError where it does not suit the backbone.
     """
 
-    def __init__(self, backbone: nn.Module, embed_size: int, img_res: int) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        embed_size: int,
+        img_res: int | tuple[int, int],
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.img_res = img_res
-        self.width = _output_width(backbone)
-        self.has_cls = backbone.config.model_type == "vit"
+        self.img_res = image_size(img_res)
+        self.preprocessing = preprocessing or Preprocessing()
+        self.layout = token_layout(backbone, self.img_res)
+        self.width = self.layout.width
         self.proj = _projection(self.width, embed_size)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        self.num_patches = self._count_patches()
+        mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches."""
+        return self.layout.grid
+
+    @property
+    def num_patches(self) -> int:
+        """L, the number of patches."""
+        return self.layout.num_patches
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the tokens have a [CLS]."""
+        return self.layout.has_cls
+
+    def config(self) -> dict:
+        """Return what `EncoderSource.image_config` rebuilds the encoder from, JSON-able."""
+        return {**plain_config(self.backbone), PREPROCESSING: self.preprocessing.plain()}
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Return float pixels with ImageNet's mean and std; float input passes unchanged."""
+        """Return float pixels with the encoder's mean and std; float input passes unchanged."""
         if pixels.dtype != torch.uint8:
             return pixels
         return (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def hidden(self, pixels: Tensor) -> Tensor:
-        """Return the backbone's last hidden state, (B, [1+] L, width)."""
-        pixels = self.normalise(pixels)
-        if self.has_cls and pixels.shape[-1] != self.backbone.config.image_size:
-            return self.backbone(pixels, interpolate_pos_encoding=True).last_hidden_state
-        return self.backbone(pixels).last_hidden_state
+        """Return the backbone's last hidden state, (B, [CLS] + registers + L, width)."""
+        return image_tokens(self.backbone, self.normalise(pixels))
 
     def forward(self, pixels: Tensor) -> Tokens:
-        features = self.proj(self.hidden(pixels))  # (B, [1+] L, C)
+        hidden = self.hidden(pixels)
+        first = self.layout.first_patch
+        if self.layout.registers:
+            kept = [hidden[:, : int(self.has_cls)], hidden[:, first:]]
+            hidden, first = torch.cat(kept, 1), int(self.has_cls)
+        features = self.proj(hidden)  # (B, [1+] L, C)
         cls = features[:, :1] if self.has_cls else None
-        patches = features[:, 1:] if self.has_cls else features  # (B, L, C)
+        patches = features[:, first:]  # (B, L, C)
         return Tokens(patches, patches.new_ones(patches.shape[:2], dtype=torch.bool), cls)
-
-    def _count_patches(self) -> int:
-        training = self.backbone.training
-        self.backbone.eval()
-        with torch.no_grad():
-            probe = torch.zeros(1, 3, self.img_res, self.img_res)
-            try:
-                length = self.hidden(probe).shape[1]
-            except (ValueError, RuntimeError) as error:
-                raise InputError(
-                    f"--img_res {self.img_res} does not suit this image encoder ({_first(error)})"
-                ) from None
-        self.backbone.train(training)
-        return length - int(self.has_cls)
 
 
 class TextEncoder(nn.Module):
@@ -201,6 +107,10 @@ class TextEncoder(nn.Module):
         self.width = backbone.config.hidden_size
         self.max_positions = backbone.config.max_position_embeddings
         self.proj = _projection(self.width, embed_size)
+
+    def config(self) -> dict:
+        """Return what `EncoderSource.text_config` rebuilds the encoder from, JSON-able."""
+        return plain_config(self.backbone)
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return BERT's last hidden state, (B, M, width)."""
@@ -239,31 +149,41 @@ class RegionEncoder(nn.Module):
         return Tokens(self.proj(regions), mask)
 
 
-def _output_width(backbone: nn.Module) -> int:
-    config = backbone.config
-    if config.model_type == "swin":
-        return int(config.embed_dim * 2 ** (len(config.depths) - 1))
-    return config.hidden_size
+PREPROCESSING = "preprocessing"  # key beside the backbone's own config in a checkpoint
+
+
+def plain_config(backbone: nn.Module) -> dict:
+    """Return a backbone's config as JSON-able values."""
+    return json.loads(backbone.config.to_json_string(use_diff=False))
 
 
 def build_image_encoder(
     vit_type: str,
     embed_size: int,
-    img_res: int,
+    img_res: int | tuple[int, int],
     config: dict | None = None,
     tiny: tuple[int, int, int] = (64, 2, 16),
+    image_norm: str | None = None,
 ) -> ImageEncoder:
     """Return the image encoder for `--vit_type`; `config` (a saved one) asks for random weights.
 
-    `tiny` is (width, layers, patch size) of the encoder trained from scratch.
+    `tiny` is (width, layers, patch size) of the encoder trained from scratch; `image_norm` as
+    `choose_preprocessing` takes it.
     """
+    preprocessing, folder = None, None
     if config is not None:
-        source = AutoConfig.for_model(**config)
+        values = dict(config)
+        saved = values.pop(PREPROCESSING, None)
+        preprocessing = saved and Preprocessing.from_plain(saved)
+        source = saved_config(values)
     elif vit_type == "tiny":
-        source = tiny_image_config(img_res, *tiny)
+        source = tiny_image_config(image_size(img_res), *tiny)
     else:
-        source = hub_id(vit_type)
-    return ImageEncoder(load_backbone(source, "--vit_type"), embed_size, img_res)
+        source = folder = hub_id(vit_type)
+    backbone = load_backbone(source, "--vit_type")
+    if preprocessing is None:
+        preprocessing = choose_preprocessing(image_norm, backbone.config, folder)
+    return ImageEncoder(backbone, embed_size, img_res, preprocessing)
 
 
 def build_text_encoder(
@@ -279,7 +199,7 @@ def build_text_encoder(
     Raises InputError where `max_word` exceeds BERT's positions or the vocabularies disagree.
     """
     if config is not None:
-        source = AutoConfig.for_model(**config)
+        source = saved_config(config)
     elif bert_path == "tiny":
         source = tiny_text_config(vocab_size, *tiny, positions=max_word)
     else:
@@ -310,7 +230,7 @@ class EncoderSource:
     vit_type: str
     bert_path: str
     embed_size: int
-    img_res: int
+    img_res: int | tuple[int, int]
     vocab_size: int
     max_word: int
     tiny_width: int = 64
@@ -319,6 +239,7 @@ class EncoderSource:
     image_config: dict | None = None
     text_config: dict | None = None
     region_dim: int | None = None
+    image_norm: str | None = None
 
     def image(self) -> ImageEncoder | RegionEncoder:
         """Return a new image encoder. Raises InputError as `load_backbone` does."""
@@ -326,7 +247,7 @@ class EncoderSource:
             return RegionEncoder(self.region_dim, self.embed_size)
         tiny = (self.tiny_width, self.tiny_layers, self.tiny_patch_size)
         return build_image_encoder(
-            self.vit_type, self.embed_size, self.img_res, self.image_config, tiny
+            self.vit_type, self.embed_size, self.img_res, self.image_config, tiny, self.image_norm
         )
 
     def text(self) -> TextEncoder:

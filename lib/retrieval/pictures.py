@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ import torch
 
 from lib.batch import Batch
 from lib.methods.base import Method
-from lib.model.encoders import IMAGENET_MEAN, IMAGENET_STD
+from lib.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from lib.retrieval.evaluation import SplitLoaders
 
 DIMMED = 0.22  # brightness left to a dropped patch
@@ -30,18 +29,20 @@ def rgb_image(pixels: torch.Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).cpu().numpy()
 
 
-def kept_overlay(image: np.ndarray, kept: np.ndarray, side: int = 224) -> np.ndarray:
-    """Return the image at `side` pixels with every dropped patch dimmed.
+def kept_overlay(
+    image: np.ndarray, kept: np.ndarray, grid: tuple[int, int], side: int = 224
+) -> np.ndarray:
+    """Return the image, `side` pixels high, with every dropped patch dimmed.
 
-    image (H, W, 3) uint8; kept (L,) bool over a square grid of patches, row by row. Raises
-    ValueError where L is no square number.
+    image (H, W, 3) uint8; kept (L,) bool over a grid of (rows, columns) patches, row by row. Raises
+    ValueError where L is another number.
     """
-    grid = math.isqrt(len(kept))
-    if grid * grid != len(kept):
-        raise ValueError(f"{len(kept)} patches do not form a square grid")
-    large = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    mask = kept.reshape(grid, grid).astype(np.uint8)
-    mask = cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST)[:, :, None]
+    if len(kept) != grid[0] * grid[1]:
+        raise ValueError(f"{len(kept)} patches do not form a grid of {grid[0]} x {grid[1]}")
+    size = round(side * image.shape[1] / image.shape[0]), side  # OpenCV's order: width first
+    large = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    mask = kept.reshape(grid).astype(np.uint8)
+    mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)[:, :, None]
     grey = np.repeat(large.mean(axis=2, keepdims=True), 3, axis=2)
     return np.where(mask == 1, large, DIMMED * grey).astype(np.uint8)
 
@@ -96,7 +97,7 @@ class KeptPatchStrip:
             return None
         rows = kept.diagonal(dim1=0, dim2=1).T.cpu().numpy()  # (pairs, L)
         pictures = [
-            with_caption(kept_overlay(rgb_image(pixels), row), text)
+            with_caption(kept_overlay(rgb_image(pixels), row, model.image_encoder.grid), text)
             for pixels, row, text in zip(self.images.pixels, rows, self.texts, strict=True)
         ]
         return beside(pictures)

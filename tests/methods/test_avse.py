@@ -101,7 +101,7 @@ def test_cross_correlation_is_a_loop_over_channels():
 
 def test_radial_order_starts_at_the_centre_and_never_comes_nearer():
     centres = torch.tensor([0, 9, 35])
-    order = radial_order(centres, 6)
+    order = radial_order(centres, (6, 6))
     for centre, row in zip(centres.tolist(), order.tolist(), strict=True):
         assert row[0] == centre
         assert sorted(row) == list(range(36))
@@ -145,7 +145,7 @@ def test_all_tokens_through_the_blocks_are_the_vit_without_its_last_norm():
     views = view_tokens(encoder, pixels, centres, share=1.0)
     whole = encoder.backbone(pixels).last_hidden_state  # its LayerNorm is out already
     assert isinstance(encoder.backbone.layernorm, nn.Identity)
-    order = radial_order(torch.tensor([0]), 4)[0]
+    order = radial_order(torch.tensor([0]), (4, 4))[0]
     assert torch.allclose(views[:, 0], whole[:, 0], atol=1e-5)
     assert torch.allclose(views[:, 1:], whole[:, 1:][:, order], atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_views_keep_the_patches_nearest_to_their_centres():
     assert views.shape == (4, 1 + 13, 32)  # int(17·0.8) patches of 16
     embedded = encoder.backbone.embeddings(pixels)
     for row, (image, centre) in enumerate([(0, 0), (1, 8), (0, 15), (1, 4)]):
-        order = radial_order(torch.tensor([centre]), 4)[0, :13]
+        order = radial_order(torch.tensor([centre]), (4, 4))[0, :13]
         tokens = torch.cat([embedded[image, :1], embedded[image, 1:][order]])
         assert torch.allclose(views[row], run_blocks(encoder.backbone, tokens[None])[0], atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_views_of_swin_are_taken_from_its_output():
     encoder = ImageEncoder(SwinModel(config, add_pooling_layer=False).eval(), 16, 32)
     pixels = torch.rand(2, 3, 32, 32)
     views = view_tokens(encoder, pixels, torch.tensor([[0.0, 0.0]]), share=0.9)
-    order = radial_order(torch.tensor([0]), 4)[0, :14]  # int(16·0.9)
+    order = radial_order(torch.tensor([0]), (4, 4))[0, :14]  # int(16·0.9)
     assert torch.equal(views, encoder.hidden(pixels)[:, order])
 
 

@@ -9,14 +9,13 @@ import torch
 from transformers import BertModel, ViTModel
 
 from lib.errors import InputError
+from lib.model.backbones import hub_id
 from lib.model.encoders import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     EncoderSource,
     build_image_encoder,
     build_text_encoder,
-    hub_id,
 )
+from lib.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 def test_vit_gives_patches_and_cls(backbones):

@@ -12,12 +12,20 @@ from lib.retrieval.pictures import beside, kept_overlay, rgb_image, with_caption
 def test_dropped_patches_are_dimmed_and_kept_ones_are_not():
     image = np.full((32, 32, 3), (200, 100, 50), np.uint8)
     kept = np.array([True, False, False, True])
-    drawn = kept_overlay(image, kept, side=64)
+    drawn = kept_overlay(image, kept, (2, 2), side=64)
     assert drawn[10, 10].tolist() == [200, 100, 50]
     assert drawn[50, 50].tolist() == [200, 100, 50]
     assert drawn[10, 50].max() < 40
     with pytest.raises(ValueError, match="5 patches"):
-        kept_overlay(image, np.ones(5, bool))
+        kept_overlay(image, np.ones(5, bool), (2, 2))
+
+
+def test_a_grid_need_not_be_square():
+    image = np.full((32, 48, 3), 200, np.uint8)
+    drawn = kept_overlay(image, np.array([False, False, False, False, False, True]), (2, 3), 64)
+    assert drawn.shape == (64, 96, 3)
+    assert drawn[40, 70].tolist() == [200, 200, 200]  # the last of three columns
+    assert drawn[40, 60].max() < 100
 
 
 def test_normalised_pixels_come_back_as_they_were():

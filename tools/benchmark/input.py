@@ -21,7 +21,7 @@ from torchvision import transforms
 from lib.data.image_cache import ImageCache
 from lib.data.images import CROP_SCALE
 from lib.data.sources import ImageFolderSource
-from lib.model.encoders import IMAGENET_MEAN, IMAGENET_STD
+from lib.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from tools.benchmark.measure import check_at_least_one, side_by_side
 from tools.benchmark.report import judge
 

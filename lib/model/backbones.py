@@ -1,0 +1,194 @@
+"""Names, folders and configs -> pretrained or untrained transformers backbones, both sides."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel, ViTConfig
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from lib.errors import InputError
+
+HUB_IDS = {
+    "vit": "google/vit-base-patch16-224-in21k",
+    "vit_224": "google/vit-base-patch16-224-in21k",
+    "vit_384": "google/vit-base-patch16-384",
+    "swin": "microsoft/swin-base-patch4-window7-224",
+    "swin_224": "microsoft/swin-base-patch4-window7-224",
+    "swin_384": "microsoft/swin-base-patch4-window12-384",
+}
+HUB_OWNERS = {"vit-": "google/", "swin-": "microsoft/"}  # owners of names given without one
+INPUTS = {"--vit_type": "pixel_values", "--bert_path": "input_ids"}  # what each side must read
+KNOWN = {  # named in messages; others work where their outputs say enough
+    "--vit_type": "vit, deit, beit, dinov2, dinov2_with_registers, dinov3_vit, swin, swinv2, clip, "
+    "siglip, siglip2, or timm/NAME",
+    "--bert_path": "bert, mpnet, roberta, deberta-v2, modernbert, clip, siglip, siglip2",
+}
+
+
+def hub_id(name: str) -> str:
+    """Return the hub id or folder that `--vit_type`/`--bert_path` stands for."""
+    if name in HUB_IDS:
+        return HUB_IDS[name]
+    if "/" not in name and not os.path.isdir(name):
+        for prefix, owner in HUB_OWNERS.items():
+            if name.startswith(prefix):
+                return owner + name
+    return name
+
+
+def tiny_image_config(size: tuple[int, int], width: int, layers: int, patch_size: int) -> ViTConfig:
+    """Return the ViT that `--vit_type tiny` trains from scratch."""
+    return ViTConfig(
+        image_size=size[0] if size[0] == size[1] else list(size),
+        patch_size=patch_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 16),
+        intermediate_size=4 * width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def tiny_text_config(vocab_size: int, width: int, layers: int, positions: int) -> BertConfig:
+    """Return the BERT that `--bert_path tiny` trains from scratch."""
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 16),
+        intermediate_size=4 * width,
+        max_position_embeddings=max(64, positions),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def saved_config(config: dict) -> PretrainedConfig:
+    """Return the config that a checkpoint keeps as a dictionary."""
+    return AutoConfig.for_model(**config)
+
+
+def load_config(source: str, flag: str) -> PretrainedConfig:
+    """Return the config in a folder or of a hub id, of one tower where there are two.
+
+    Raises InputError where there is none, or where HF_HUB_OFFLINE keeps the hub away.
+    """
+    if os.path.sep in source and source[0] in "./~" and not Path(source).is_dir():
+        raise InputError(f"{flag} {source}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{flag} {source}: neither a folder with a config.json nor a model that the hub "
+            f"hands out here; give a local folder, or tiny ({unreachable(error)})"
+        ) from None
+    return tower(config, flag)
+
+
+def tower(config: PretrainedConfig, flag: str) -> PretrainedConfig:
+    """Return the config of the side that `flag` asks for where a model reads images and texts."""
+    side = {"--vit_type": "vision_config", "--bert_path": "text_config"}[flag]
+    return getattr(config, side, config)
+
+
+def load_backbone(source: str | PretrainedConfig, flag: str) -> nn.Module:
+    """Return the backbone in float32 without its pooling layer.
+
+    `source` is a hub id, a local folder, or a config, which gives random weights. Raises InputError
+    where it can't be found, is of a kind that reads something else than `flag` asks for, or where
+    the file's weights leave a part of the network uninitialised.
+    """
+    config = source if isinstance(source, PretrainedConfig) else load_config(source, flag)
+    kind = _model_class(config, source, flag)
+    if config.model_type.startswith("siglip"):
+        config.vision_use_head = False  # the pooling head would be left without gradient
+    options = {}
+    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        options["add_pooling_layer"] = False
+    if isinstance(source, PretrainedConfig):
+        try:
+            return kind(config, **options).float()
+        except ValueError as error:
+            raise InputError(
+                f"{flag}: no such network can be built ({first_line(error)})"
+            ) from None
+    return _pretrained(kind, source, config, flag, options).float()
+
+
+def _pretrained(
+    kind: type[PreTrainedModel], source: str, config: PretrainedConfig, flag: str, options: dict
+) -> PreTrainedModel:
+    try:
+        model, report = kind.from_pretrained(
+            source,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{flag} {source}: no weights could be loaded ({unreachable(error)})"
+        ) from None
+    missing = [key for key in report["missing_keys"] if "position_ids" not in key]
+    mismatched = [str(key) for key in report.get("mismatched_keys", [])]
+    if missing or mismatched:
+        raise InputError(
+            f"{flag} {source}: the file lacks or has other shapes for "
+            f"{len(missing) + len(mismatched)} weights, the first {(*missing, *mismatched)[0]}"
+        )
+    return model
+
+
+def _model_class(config: PretrainedConfig, source, flag: str) -> type[PreTrainedModel]:
+    """Return the class that AutoModel takes for `config`; InputError where it suits no side."""
+    kind = MODEL_MAPPING.get(type(config), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    reads = getattr(kind, "main_input_name", None)
+    if reads != INPUTS[flag] or getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{flag} {source}: model type {config.model_type!r} is not supported; "
+            f"choose one of {KNOWN[flag]}"
+        )
+    return kind
+
+
+def freeze_unreached(backbone: nn.Module, output: Tensor) -> None:
+    """Take the gradient from every parameter that `output`, made with a graph, does not reach.
+
+    Mask tokens, poolers and the norms before them would else wait for a gradient that never comes,
+    which DistributedDataParallel takes for an error.
+    """
+    reached, seen, stack = set(), set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        stack += [following for following, _ in node.next_functions]
+    for parameter in backbone.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def unreachable(error: BaseException) -> str:
+    """Return why a hub gave nothing: the error's first line, or that HF_HUB_OFFLINE forbids it."""
+    offline = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    if any(value.upper() in ("1", "ON", "YES", "TRUE") for value in offline):
+        return f"HF_HUB_OFFLINE is set, and the model is not in the cache; {first_line(error)}"[
+            :200
+        ]
+    return first_line(error)
