@@ -16,7 +16,7 @@ import eval as evaluation
 import train
 from arguments import parse_eval, parse_train
 from lib.errors import InputError
-from lib.model import encoders
+from lib.model import backbones as hub
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,7 +80,7 @@ def test_command_lines_parse(line):
 def small_hub(backbones, monkeypatch):
     """`--vit_type vit` and its kin mean small saved backbones instead of the hub's."""
     names = {"vit": "vit", "vit_384": "vit", "swin": "swin"}
-    monkeypatch.setattr(encoders, "HUB_IDS", {k: backbones[v] for k, v in names.items()})
+    monkeypatch.setattr(hub, "HUB_IDS", {k: backbones[v] for k, v in names.items()})
     return backbones
 
 
@@ -252,4 +252,4 @@ def test_an_incomplete_backbone_is_refused(backbones, tmp_path):
     del weights[dropped]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="lacks or has other shapes for 1 weights"):
-        encoders.load_backbone(str(folder), "--vit_type")
+        hub.load_backbone(str(folder), "--vit_type")
