@@ -153,7 +153,17 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=int, default=0)
     group.add_argument("--local_rank", "--local-rank", type=int, default=0)
     group.add_argument("--dist_backend", default="nccl", help="gloo is taken where no GPU is")
-    group.add_argument("--dist_url", default="env://")
+    group.add_argument(
+        "--dist_url",
+        default="env://",
+        help="tcp://HOST:PORT of rank 0; goes before MASTER_ADDR and MASTER_PORT",
+    )
+    group.add_argument(
+        "--dist_timeout",
+        type=float,
+        default=600.0,
+        help="seconds that processes wait for each other; who is missing is told at once",
+    )
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
@@ -261,6 +271,7 @@ def process_settings(args: argparse.Namespace) -> dict[str, Any]:
         "local_rank": args.local_rank,
         "backend": args.dist_backend,
         "url": args.dist_url,
+        "seconds": args.dist_timeout,
     }
 
 
@@ -275,7 +286,7 @@ AT_LEAST_ONE = """batch_size num_epochs grad_accum log_step val_step save_step e
 shard_size tiny_width tiny_layers tiny_patch_size relevance_topk region_dim""".split()
 AT_LEAST_ZERO = """workers gpu_id max_dense_word skip_nonfinite max_bad_images weight_decay margin
 lr_warmup_steps backbone_lr_ratio ratio_weight grad_clip""".split()
-ABOVE_ZERO = ("learning_rate", "gumbel_tau", "decay_rate")
+ABOVE_ZERO = ("learning_rate", "gumbel_tau", "decay_rate", "dist_timeout")
 
 
 def check_train(args: argparse.Namespace) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the libraries load, which takes seconds
+    from lib.program import prepare_terminal
+
+    prepare_terminal()
+
 import os
 
 # read when torch loads: OpenMP threads that spin for long slow a busy CPU many times down
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +26,11 @@ from data import open_image_cache, prepare_scenes, read_split, validation_loader
 from lib import distributed
 from lib.checkpoints.checkpoint import BEST, restore_model
 from lib.checkpoints.payloads import read_payload
-from lib.errors import InputError, NonFiniteError
+from lib.errors import InputError
 from lib.methods.base import Method
 from lib.model.precision import autocast_for
+from lib.program import program, run_program
+from lib.rendezvous import peers_told
 from lib.retrieval.evaluation import file_digest, split_similarity, split_tables, write_results
 from lib.retrieval.tables import format_table
 from vocab import checkpoint_tokenizer
@@ -33,20 +39,15 @@ from vocab import checkpoint_tokenizer
 DATA_FLAGS = "data_path image_path f30k_img_path coco_img_path batch_size workers".split()
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate as the flags say; return the exit code: 0, 2 (bad input) or 3 (not finite)."""
-    try:
-        args = parse_eval(argv)
+    """Evaluate as the flags say; return the exit code, as `program` says."""
+    args = parse_eval(argv)
+    with peers_told():
         device = distributed.start_processes(**process_settings(args))
         for checkpoint in find_checkpoints(args):
             evaluate_checkpoint(checkpoint, args, device)
-        distributed.stop()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    distributed.stop()
     return 0
 
 
@@ -145,4 +146,4 @@ def report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

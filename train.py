@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the libraries load, which takes seconds
+    from lib.program import prepare_terminal
+
+    prepare_terminal()
+
 import os
 
 # read when torch loads: OpenMP threads that spin for long slow a busy CPU many times down
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +40,8 @@ from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError
 from lib.methods.base import Method
 from lib.methods.registry import build_model
+from lib.program import INTERRUPTED, program, run_program
+from lib.rendezvous import peers_told
 from lib.retrieval.pictures import first_pairs_strip
 from lib.training.engine import Settings, Trainer
 from lib.training.logs import RunLog, clear_run
@@ -44,30 +50,19 @@ from lib.training.setup import compile_backbones, recompute_backbones, set_seed
 from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; return the exit code.
 
-    0: done, 1: a checkpoint could not be written, 2: bad input, 3: a loss was not finite, 130: a
-    signal stopped the run after saving.
+    0: done, 1: the system failed the run (disk, memory, a process), 2: bad input, 3: a loss was not
+    finite, 130: a signal stopped the run after saving.
     """
-    try:
-        args = parse_train(argv)
-        args = _arguments_of_resumed(args, argv)
+    args = parse_train(argv)
+    args = _arguments_of_resumed(args, argv)
+    with peers_told():
         finished = run(args)
-        distributed.stop()  # after an error the other processes may still be waiting for this one
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteError as error:
-        print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
-        return 3
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what was saved before is whole", file=sys.stderr)
-        return 130
-    return 0 if finished else 130
+    distributed.stop()  # after an error the other processes may still be waiting for this one
+    return 0 if finished else INTERRUPTED
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -259,4 +254,4 @@ def _saved_state(args: argparse.Namespace) -> dict | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -7,9 +7,9 @@ ranks, as DistributedDataParallel does, then gives the gradient of one process o
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,10 @@ from torch.nn.functional import pad
 
 from lib.batch import Tokens
 from lib.errors import InputError
+from lib.rendezvous import environment_integer, find_place, meet, peers_told
+
+PATIENCE_SECONDS = 600.0  # how long processes wait for each other
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -35,28 +39,32 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start(backend: str, url: str = "env://", world: int = -1, this_rank: int = -1) -> None:
+def start(
+    backend: str,
+    url: str = "env://",
+    world: int = -1,
+    this_rank: int = -1,
+    seconds: float = PATIENCE_SECONDS,
+) -> None:
     """Join the process group: from torchrun's environment, or from explicit `world`/`this_rank`.
 
-    Raises InputError where the processes do not find each other.
+    `seconds` is how long processes wait for each other, here and later. Raises InputError where
+    they do not find each other, after saying who is missing.
     """
     if dist.is_initialized():
         return
-    from_environment = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    try:
-        dist.init_process_group(
-            backend=backend,
-            init_method="env://" if from_environment else url,
-            world_size=-1 if from_environment else world,
-            rank=-1 if from_environment else this_rank,
-            timeout=timedelta(minutes=30),
-        )
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"the processes could not meet ({str(error).splitlines()[0]:.160}); start them with "
-            "python -m torch.distributed.run, or give --dist_url tcp://HOST:PORT, --world_size "
-            "and --rank"
-        ) from None
+    place = find_place(url, world, this_rank)
+    store = meet(place, seconds)
+    limit = timedelta(seconds=seconds)
+    with peers_told():
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=place.world, timeout=limit
+            )
+        except ValueError as error:
+            raise InputError(
+                f"--dist_backend {backend}: {str(error).splitlines()[0]:.160}"
+            ) from None
 
 
 def start_processes(
@@ -67,6 +75,7 @@ def start_processes(
     local_rank: int = 0,
     backend: str = "nccl",
     url: str = "env://",
+    seconds: float = PATIENCE_SECONDS,
 ) -> torch.device:
     """Join the other processes where there are any; return this one's device.
 
@@ -75,12 +84,17 @@ def start_processes(
     each other, or the device is not there.
     """
     cuda = torch.cuda.is_available()
-    if not multi_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("torch.distributed.run started several processes: add --multi_gpu 1")
+    asked = environment_integer("WORLD_SIZE")
+    if not multi_gpu and asked is not None and asked > 1:
+        raise InputError(
+            f"WORLD_SIZE={asked} in the environment asks for {asked} processes: add --multi_gpu 1 "
+            "where torch.distributed.run started them, or unset WORLD_SIZE for a single process"
+        )
     if multi_gpu:
-        if world > 1 or "RANK" in os.environ:
-            start(backend if cuda else "gloo", url, world, this_rank)
-        local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
+        if world > 1 or environment_integer("RANK") is not None:
+            start(backend if cuda else "gloo", url, world, this_rank, seconds)
+        given = environment_integer("LOCAL_RANK")
+        local_rank = local_rank if given is None else given
     if not cuda:
         if is_main():
             print("no CUDA device: running on the CPU")
@@ -173,6 +187,43 @@ def gather_values(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every rank what went wrong on any: its own error, or the first rank's.
+
+    Where one rank would raise alone, the others would wait for it for ever.
+    """
+    errors = gather_values(error)
+    if error is not None:
+        raise error
+    for first in errors:
+        if first is not None:
+            raise first
+
+
+def on_main(work: Callable[[], Value]) -> Value | None:
+    """Do `work` on rank 0, which gets its value, others None; all raise its OSError or InputError.
+
+    Every rank waits until it is done.
+    """
+    value, error = None, None
+    if is_main():
+        try:
+            value = work()
+        except (OSError, InputError) as caught:
+            error = caught
+    agree(error)
+    return value
+
+
+def broadcast_value(value: Any) -> Any:
+    """Return rank 0's plain value on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -9,3 +9,11 @@ class InputError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """A loss, gradient norm or similarity that is not finite, with where it was. Exit code 3."""
+
+
+class WorkerError(RuntimeError):
+    """A loader worker that ended, or can't hand over its batch. Exit code 1."""
+
+
+class PeerError(RuntimeError):
+    """Another process of a distributed run that ended or does not answer. Exit code 1."""

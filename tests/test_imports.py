@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {"train", "eval", "arguments", "data", "vocab"}
-GROUND = {"lib.errors", "lib.batch", "lib.distributed", "lib.files"}
+GROUND = {f"lib.{name}" for name in "errors batch distributed files program rendezvous".split()}
 CONTRACT = {"lib.methods", "lib.methods.base", "lib.methods.registry"}
 SHARED_BY_METHODS = {"pairs", "flags", "laps_family", "pooled"}  # beside the contract
 WINGS = {  # what a wing may import beside the ground floor and itself
@@ -24,7 +24,9 @@ GROUND_MAY = {  # of the ground floor, who may import whom
     "lib.errors": set(),
     "lib.batch": {"lib.errors"},
     "lib.files": {"lib.errors"},
-    "lib.distributed": {"lib.errors", "lib.batch"},
+    "lib.rendezvous": {"lib.errors"},
+    "lib.distributed": {"lib.errors", "lib.batch", "lib.rendezvous"},
+    "lib.program": {"lib.errors"},
 }
 
 
