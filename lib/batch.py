@@ -49,6 +49,17 @@ class Batch:
             moved[field.name] = None if value is None else value.to(device, non_blocking=True)
         return Batch(**moved)
 
+    def share_memory(self) -> Batch:
+        """Move every tensor into memory that other processes can map; return the batch.
+
+        Raises RuntimeError where it does not fit.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value.share_memory_()
+        return self
+
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by the loader's pinning thread)."""
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}

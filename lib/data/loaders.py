@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -21,6 +20,7 @@ from lib.data.sources import (
     TrainSet,
     seeded_generator,
 )
+from lib.data.workers import begin_worker, placed, watched
 from lib.errors import InputError
 
 ORDER_STREAM = 0  # keeps the draws of the order apart from those of the samples
@@ -93,7 +93,7 @@ class Collate:
             dense_ids=dense_ids,
             dense_lengths=dense_lengths,
         )
-        return batch, bad_paths
+        return placed(batch), bad_paths
 
     def _pad(self, rows: list[list[int] | None]) -> tuple[Tensor | None, Tensor | None]:
         if rows[0] is None:
@@ -118,10 +118,10 @@ class TrainLoader:
         """Return (Batch, bad paths) for each step of the epoch from `start_step` on.
 
         Pairs whose image can't be decoded are left out and their paths named; the batch is None
-        where no pair is left.
+        where no pair is left. Raises WorkerError where a worker ends or can't deliver.
         """
         self._sampler.set_epoch(epoch, start_step)
-        return iter(self._loader)
+        return watched(self._loader)
 
 
 class EvalLoader:
@@ -141,7 +141,7 @@ class EvalLoader:
         return batch
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch, bad_paths in self._loader:
+        for batch, bad_paths in watched(self._loader):
             _refuse(bad_paths)  # here, as a worker would wrap the sentence in a traceback
             yield batch
 
@@ -206,19 +206,8 @@ def _loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_process_group,
+        worker_init_fn=begin_worker,
         # a loader without its own generator draws from the model's, and a resumed run would differ
         generator=torch.Generator(),
         **order,
     )
-
-
-def _leave_process_group(_: int) -> None:
-    """Keep Ctrl-C and a SIGTERM for the whole group from the workers: the training loop decides.
-
-    A worker must go on obeying a SIGTERM of its own: that is how the interpreter ends workers when
-    it exits, and it would wait for ever for one that ignored it. It ends without an error then, so
-    that a signal to every process (a scheduler's) does not interrupt the step under way.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))

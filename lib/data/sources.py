@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from lib.data.image_cache import ImageCache, PreparedImage
 from lib.data.images import CROP_RATIO, CROP_SCALE, decode, random_crop_and_flip, resize, shrink
+from lib.data.packed import PackedTexts
 from lib.data.splits import Regions, Split, map_array
 
 SAMPLE_STREAM = 1  # keeps the draws of the samples apart from those of the order
@@ -129,7 +130,7 @@ def image_source(
         return None
     if split.regions is not None:
         return RegionSource(split.regions)
-    return ImageFolderSource(split.image_files, img_res, augment, cache)
+    return ImageFolderSource(PackedTexts(split.image_files), img_res, augment, cache)
 
 
 @dataclass
@@ -165,7 +166,9 @@ class TrainSet(Dataset):
         max_dense_word: int | None = None,
         cache: ImageCache | None = None,
     ) -> None:
-        self.split = split
+        self.captions = PackedTexts(split.captions)
+        self.caption_image = split.caption_image
+        self.dense = _packed_dense(split, max_dense_word)
         self.tokenizer = tokenizer
         self.source = image_source(split, img_res, augment_images, cache)
         self.max_word = max_word
@@ -174,17 +177,17 @@ class TrainSet(Dataset):
         self.max_dense_word = max_dense_word
 
     def __len__(self) -> int:
-        return len(self.split.captions)
+        return len(self.captions)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        row = int(self.split.caption_image[index])
+        row = int(self.caption_image[index])
         rng = seeded_generator(SAMPLE_STREAM, self.seed, epoch, index)
         sample = self.source.sample(row, rng) if self.source else Sample(row)
         if sample.bad_path is not None:
             return sample
-        ids = self._word_ids(self.split.captions[index], rng)
-        dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
+        ids = self._word_ids(self.captions[index], rng)
+        dense_ids = _dense_ids(self.dense, row, self.tokenizer, self.max_dense_word)
         return replace(sample, ids=ids, caption=index, dense_ids=dense_ids)
 
     def _word_ids(self, caption: str, rng: np.random.Generator) -> list[int]:
@@ -204,19 +207,20 @@ class EvalImages(Dataset):
         max_dense_word: int | None = None,
         cache: ImageCache | None = None,
     ) -> None:
-        self.split = split
+        self.images = len(split.image_ids)
+        self.dense = _packed_dense(split, max_dense_word)
         self.source = image_source(split, img_res, augment=False, cache=cache)
         self.tokenizer = tokenizer
         self.max_dense_word = max_dense_word
 
     def __len__(self) -> int:
-        return len(self.split.image_ids)
+        return self.images
 
     def __getitem__(self, row: int) -> Sample:
         sample = self.source.sample(row) if self.source else Sample(row)
         if sample.bad_path is not None:
             return sample
-        dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
+        dense_ids = _dense_ids(self.dense, row, self.tokenizer, self.max_dense_word)
         return replace(sample, dense_ids=dense_ids)
 
 
@@ -230,25 +234,31 @@ class EvalCaptions(Dataset):
         max_word: int,
         max_dense_word: int | None = None,
     ) -> None:
-        self.split = split
+        self.captions = PackedTexts(split.captions)
+        self.caption_image = split.caption_image
+        self.dense = _packed_dense(split, max_dense_word)
         self.tokenizer = tokenizer
         self.max_word = max_word
         self.max_dense_word = max_dense_word
 
     def __len__(self) -> int:
-        return len(self.split.captions)
+        return len(self.captions)
 
     def __getitem__(self, index: int) -> Sample:
-        row = int(self.split.caption_image[index])
-        ids = self.tokenizer.encode(self.split.captions[index], self.max_word)
-        dense_ids = _dense_ids(self.split, row, self.tokenizer, self.max_dense_word)
+        row = int(self.caption_image[index])
+        ids = self.tokenizer.encode(self.captions[index], self.max_word)
+        dense_ids = _dense_ids(self.dense, row, self.tokenizer, self.max_dense_word)
         return Sample(row, ids=ids, caption=index, dense_ids=dense_ids)
 
 
+def _packed_dense(split: Split, max_dense_word: int | None) -> PackedTexts | None:
+    return None if max_dense_word is None else PackedTexts(split.dense)
+
+
 def _dense_ids(
-    split: Split, row: int, tokenizer: Tokenizer, max_dense_word: int | None
+    dense: PackedTexts | None, row: int, tokenizer: Tokenizer, max_dense_word: int | None
 ) -> list[int] | None:
-    return None if max_dense_word is None else tokenizer.encode(split.dense[row], max_dense_word)
+    return None if dense is None else tokenizer.encode(dense[row], max_dense_word)
 
 
 def seeded_generator(*parts: int) -> np.random.Generator:
