@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
 
 FEWEST_IN_BUCKET = 16  # captions of like length that are worth a call of their own
 
@@ -67,7 +71,54 @@ class Batch:
 
 
 @dataclass
-class Tokens:
+class Rows:
+    """Base of dataclasses whose fields are tensors with a row an item, other Rows, or None.
+
+    An index takes the same rows of every field. The first field is never None.
+    """
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, index: Any) -> Self:
+        """Return the rows that a slice, a list or an index tensor names."""
+        return self._map(lambda tensor: tensor[index])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first field lies."""
+        return getattr(self, fields(self)[0].name).device
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the fields that are not None by name, Rows as dictionaries of the same kind."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value.tensors() if isinstance(value, Rows) else value
+            for name, value in found.items()
+            if value is not None
+        }
+
+    def refilled(self, tensors: dict[str, Any]) -> Self:
+        """Return the same kind of rows with the values of what `tensors` returned."""
+        filled = {
+            name: getattr(self, name).refilled(value) if isinstance(value, dict) else value
+            for name, value in tensors.items()
+        }
+        return replace(self, **filled)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                changed[field.name] = (
+                    value._map(change) if isinstance(value, Rows) else change(value)
+                )
+        return replace(self, **changed)
+
+
+@dataclass
+class Tokens(Rows):
     """Features of B images or B captions.
 
     A method that pools hands out one local token an image or caption: `local` is (B, 1, C).
@@ -79,13 +130,6 @@ class Tokens:
     dense: Tokens | None = None  # dense text that belongs to these images or captions
     fragments: Tokens | None = None  # what a method that pools made `local` of, where losses ask
 
-    def __len__(self) -> int:
-        return self.local.shape[0]
-
-    def __getitem__(self, index) -> Tokens:
-        """Return the rows that a slice, a list or an index tensor names."""
-        return self._map(lambda tensor: tensor[index])
-
     @property
     def lengths(self) -> Tensor:
         """(B,) number of real tokens in each row."""
@@ -96,21 +140,15 @@ class Tokens:
         extra = width - self.local.shape[1]
         if extra <= 0:
             return self
-        return Tokens(
-            pad(self.local, (0, 0, 0, extra)),
-            pad(self.mask, (0, extra)),
-            self.cls,
-            self.dense,
-            self.fragments,
-        )
+        local, mask = pad(self.local, (0, 0, 0, extra)), pad(self.mask, (0, extra))
+        return replace(self, local=local, mask=mask)
 
     def trimmed(self) -> Tokens:
         """Return the tokens without the positions that are padding in every row."""
         width = int(self.lengths.amax()) if len(self) else 0
         if width == self.local.shape[1]:
             return self
-        local, mask = self.local[:, :width], self.mask[:, :width]
-        return Tokens(local, mask, self.cls, self.dense, self.fragments)
+        return replace(self, local=self.local[:, :width], mask=self.mask[:, :width])
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
@@ -126,15 +164,6 @@ class Tokens:
             cls=None if even[0].cls is None else torch.cat([part.cls for part in even]),
             dense=None if even[0].dense is None else Tokens.cat([part.dense for part in even]),
             fragments=fragments,
-        )
-
-    def _map(self, change) -> Tokens:
-        return Tokens(
-            local=change(self.local),
-            mask=change(self.mask),
-            cls=None if self.cls is None else change(self.cls),
-            dense=None if self.dense is None else self.dense._map(change),
-            fragments=None if self.fragments is None else self.fragments._map(change),
         )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lib.batch import Tokens
+from lib.batch import Rows, Tokens
 from lib.errors import InputError
-from lib.methods.base import Method, Prepared
+from lib.methods.base import Method
 from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.image_backbones import pretrained_size
@@ -127,6 +128,13 @@ def _embed(encoder: ImageEncoder, pixels: Tensor) -> Tensor:
 
 
 # --- the method --------------------------------------------------------------------------------
+
+
+@dataclass
+class Blocks(Rows):
+    """An embedding cut into unit blocks, see `unit_blocks`."""
+
+    blocks: Tensor  # (B, N / block, block)
 
 
 @register_method("avse")
@@ -259,14 +267,14 @@ class AVSE(Method):
 
     # --- similarity and losses -----------------------------------------------------------------
 
-    def prepare_images(self, images: Tokens) -> Prepared:
-        return {"blocks": unit_blocks(images.local[:, 0], self.block)}
+    def prepare_images(self, images: Tokens) -> Blocks:
+        return Blocks(unit_blocks(images.local[:, 0], self.block))
 
-    def prepare_texts(self, texts: Tokens) -> Prepared:
-        return {"blocks": unit_blocks(texts.local[:, 0], self.block)}
+    def prepare_texts(self, texts: Tokens) -> Blocks:
+        return Blocks(unit_blocks(texts.local[:, 0], self.block))
 
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        return {"similarity": block_similarity(images["blocks"], texts["blocks"])}
+    def score(self, images: Blocks, texts: Blocks) -> dict[str, Tensor]:
+        return {"similarity": block_similarity(images.blocks, texts.blocks)}
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
         similarity = self.gather(self.similarity(images, texts))

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.batch import Tokens
-from lib.methods.base import Method, Prepared
+from lib.batch import Rows, Tokens
+from lib.methods.base import Method
 from lib.methods.registry import register_method
 from lib.model.alignment import masked_average
 from lib.model.encoders import EncoderSource
 from lib.model.losses import AlignmentLoss
+
+
+@dataclass
+class UnitTokens(Rows):
+    """Normalised patches or words."""
+
+    unit: Tensor  # (B, N, C)
+    mask: Tensor  # (B, N)
 
 
 @register_method("chan")
@@ -30,16 +39,16 @@ class CHAN(Method):
         criterion = AlignmentLoss.from_args(args)
         return cls(source.image(), source.text(), criterion, args.shard_size)
 
-    def prepare_images(self, images: Tokens) -> Prepared:
-        return {"patches": normalize(images.local, dim=-1), "mask": images.mask}
+    def prepare_images(self, images: Tokens) -> UnitTokens:
+        return UnitTokens(normalize(images.local, dim=-1), images.mask)
 
-    def prepare_texts(self, texts: Tokens) -> Prepared:
-        return {"words": normalize(texts.local, dim=-1), "mask": texts.mask}
+    def prepare_texts(self, texts: Tokens) -> UnitTokens:
+        return UnitTokens(normalize(texts.local, dim=-1), texts.mask)
 
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        cosines = torch.einsum("vlc,tmc->vtml", images["patches"], texts["words"])
-        hidden = ~images["mask"][:, None, None]
+    def score(self, images: UnitTokens, texts: UnitTokens) -> dict[str, Tensor]:
+        cosines = torch.einsum("vlc,tmc->vtml", images.unit, texts.unit)
+        hidden = ~images.mask[:, None, None]
         best = cosines.masked_fill(hidden, -torch.inf).amax(3)  # (b_v, b_t, M)
         # at least float32: half precision would round many means to ties
         best = best.to(torch.promote_types(best.dtype, torch.float32))
-        return {"similarity": masked_average(best, texts["mask"])}
+        return {"similarity": masked_average(best, texts.mask)}

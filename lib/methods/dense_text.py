@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from lib.batch import Tokens
-from lib.methods.base import Method, Prepared
+from lib.methods.base import Method
 from lib.methods.registry import register_method
-from lib.model.alignment import DenseMatch
+from lib.model.alignment import DenseMatch, MatchRows
 from lib.model.encoders import EncoderSource, TextEncoder
 from lib.model.losses import AlignmentLoss
 
@@ -58,11 +58,11 @@ class DenseText(Method):
         """Return the tokens of the images' dense texts: local (B_v, M_d, C); pixels go unread."""
         return self._encode_dense("image", dense_ids, dense_lengths)
 
-    def prepare_images(self, images: Tokens) -> Prepared:
+    def prepare_images(self, images: Tokens) -> MatchRows:
         return self.match.prepare(images)
 
-    def prepare_texts(self, texts: Tokens) -> Prepared:
+    def prepare_texts(self, texts: Tokens) -> MatchRows:
         return self.match.prepare(texts)
 
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+    def score(self, images: MatchRows, texts: MatchRows) -> dict[str, Tensor]:
         return {"similarity": self.match(images, texts)}

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from lib.batch import Tokens
 from lib.errors import InputError
-from lib.methods.base import Method, Prepared
+from lib.methods.pooled import PooledMethod, dot_products
 from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource, ImageEncoder, RegionEncoder, TextEncoder
 from lib.model.graph import InstanceGraph, cross_matches, transformer_layer
@@ -46,27 +46,19 @@ def _mixed(fragments: Tensor, related: Tensor, mask: Tensor) -> Tensor:
     return normalize(RESIDUAL * own + (1 - RESIDUAL) * masked_mean(related, mask), dim=-1)
 
 
-@full_precision
-def _products(images: Tensor, texts: Tensor) -> Tensor:
-    """Return all dot products, (b_v, b_t); in bf16 many of them would tie."""
-    return images @ texts.T
-
-
 @register_method("hrem")
-class HREM(Method):
+class HREM(PooledMethod):
     """Hierarchical relation modelling (CVPR 2023), SPEC 5 and 10.
 
-    Tokens hold one local token: `local` (B, 1, C), of length 1; while the instance graph trains
-    they also hand on the fragments it is built of. An image's fragments are precomputed regions, or
-    a backbone's last hidden states without [CLS]; a caption's [CLS] and [SEP] are words like any.
+    While the instance graph trains, Tokens also hand on the fragments it is built of. An image's
+    fragments are precomputed regions, or a backbone's last hidden states without [CLS]; a caption's
+    [CLS] and [SEP] are words like any.
 
     The graph joins in after `warmup` calls of `training_losses` in training mode; the count is part
     of the state. Evaluation never sees it.
 
     NOTE: there is no dropout beside the backbones', as in SPEC 10 and the recordings.
     """
-
-    accepts_regions = True
 
     def __init__(
         self,
@@ -176,16 +168,7 @@ class HREM(Method):
         fragments = Tokens(features.detach(), mask) if self.training and self.warm else None
         return Tokens(embedding, mask.new_ones(len(mask), 1), fragments=fragments)
 
-    # --- similarity and losses -----------------------------------------------------------------
-
-    def prepare_images(self, images: Tokens) -> Prepared:
-        return {"embedding": images.local[:, 0]}
-
-    def prepare_texts(self, texts: Tokens) -> Prepared:
-        return {"embedding": texts.local[:, 0]}
-
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        return {"similarity": _products(images["embedding"], texts["embedding"])}
+    # --- losses -----------------------------------------------------------------
 
     def training_losses(self, *args, **kwargs) -> dict[str, Tensor]:
         """Return the loss dictionary as the base does; in training mode, count the call."""
@@ -200,7 +183,7 @@ class HREM(Method):
         Those are L(I, T') + L(I', T) + L(I', T') and 10 · the regulariser.
         """
         seen, said = self.gather(images.local[:, 0]), texts.local[:, 0]  # (B, C) each
-        alignment = self.criterion(_products(seen, said), image_ids)
+        alignment = self.criterion(dot_products(seen, said), image_ids)
         parts = {"loss": alignment, "alignment": alignment.detach()}
         if texts.fragments is None:
             return parts
@@ -209,7 +192,7 @@ class HREM(Method):
         )  # this rank's images with all captions
         related = self.graph(seen, said, self.gather(matches))
         pairs = ((seen, related.texts), (related.images, said), (related.images, related.texts))
-        crossed = sum(self.criterion(_products(*pair), image_ids) for pair in pairs)
+        crossed = sum(self.criterion(dot_products(*pair), image_ids) for pair in pairs)
         regulariser = REGULARISER_WEIGHT * related.regulariser
         return {
             "loss": alignment + crossed + regulariser,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,15 +11,23 @@ from torch import Tensor, nn
 
 from lib.batch import Tokens
 from lib.errors import InputError
-from lib.methods.base import LapsFamily, Prepared
+from lib.methods.laps_family import LapsFamily
 from lib.methods.registry import register_method
 from lib.model.alignment import attention_mean, threshold_mean
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss
-from lib.model.slimming import WordSelection
+from lib.model.slimming import SlimmedImages, TextSummary, WordSelection
 
 SIMILARITIES = ("max", "attn", "thres")
 STRATEGIES = ("ratio", "score")
+
+
+@dataclass
+class QueryingText(TextSummary):
+    """A text whose words also query the tokens (`attn`), (B_t, M, C) each."""
+
+    i2t: Tensor | None = None
+    t2i: Tensor | None = None
 
 
 @register_method("ilaps")
@@ -120,31 +129,28 @@ class ImprovedLAPS(LapsFamily):
     def is_fused(self) -> bool:
         return self.similarity_kind == "max" and super().is_fused
 
-    def prepare_images(self, images: Tokens) -> Prepared:
+    def prepare_images(self, images: Tokens) -> SlimmedImages:
         embeddings = images.cls[:, 0] if self.cls_as_global else None  # (B_v, C)
         patches = self.patches_of(images)
         return self.network.prepare(patches, images.cls, embeddings, fused=self.is_fused)
 
-    def prepare_texts(self, texts: Tokens) -> Prepared:
-        prepared = super().prepare_texts(texts)
+    def prepare_texts(self, texts: Tokens) -> QueryingText:
+        made = QueryingText(**vars(super().prepare_texts(texts)))
         if self.cls_as_global:
-            prepared["global"] = texts.local[:, 0].detach()
+            made.embedding = texts.local[:, 0].detach()
         if self.similarity_kind == "attn":
-            prepared["i2t"] = self.i2t_attention(prepared["words"])  # (B_t, M, C)
-            prepared["t2i"] = self.t2i_attention(prepared["words"])
+            made.i2t, made.t2i = self.i2t_attention(made.words), self.t2i_attention(made.words)
         if self.word_selection is not None:
-            prepared["word_mask"] = self.word_selection(prepared["words"], texts.mask)
-        return prepared
+            made.word_mask = self.word_selection(made.words, texts.mask)
+        return made
 
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+    def score(self, images: SlimmedImages, texts: QueryingText) -> dict[str, Tensor]:
         if self.similarity_kind == "max":
             return super().score(images, texts)
-        words, mask = texts["words"], texts["word_mask"]
-        tokens = self.network.tokens(images, texts["global"])
+        tokens, mask = self.network.tokens(images, texts.embedding), texts.word_mask
         if self.similarity_kind == "attn":
-            queries = tokens.products(texts["i2t"]), tokens.products(texts["t2i"])
-            similarity = attention_mean(tokens.products(words), mask, *queries, self.temperature)
-            return {"similarity": similarity}
-        every = mask.new_ones(1)
-        cosines = tokens.products(words)
+            queries = tokens.products(texts.i2t), tokens.products(texts.t2i)
+            cosines = tokens.products(texts.words)
+            return {"similarity": attention_mean(cosines, mask, *queries, self.temperature)}
+        cosines, every = tokens.products(texts.words), mask.new_ones(1)
         return {"similarity": threshold_mean(cosines, every, mask, self.score_threshold)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.methods.base import LapsFamily
+from lib.methods.laps_family import LapsFamily
 from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource
 from lib.model.losses import AlignmentLoss

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable
 
 from lib.errors import InputError
-from lib.methods.base import Method, add_common_arguments
+from lib.methods.base import Method
+from lib.methods.flags import add_common_arguments
 from lib.model.encoders import EncoderSource
 
 _METHODS: dict[str, type[Method]] = {}

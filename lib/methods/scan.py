@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
-from lib.batch import Tokens
+from lib.batch import Rows, Tokens
 from lib.errors import InputError
-from lib.methods.base import Method, Prepared
+from lib.methods.base import Method
 from lib.methods.registry import register_method
 from lib.model.alignment import NEGATIVE_SLOPE, masked_average
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
@@ -37,6 +38,15 @@ def attended_cosine(
     dots = (weights * cosines).sum(3)  # (b_v, b_t, Q)
     squares = ((weights @ gram) * weights).sum(3)
     return masked_average(dots / squares.clamp(min=TINY).sqrt(), query_mask)
+
+
+@dataclass
+class UnitTokens(Rows):
+    """Normalised patches or words."""
+
+    unit: Tensor  # (B, N, C)
+    mask: Tensor  # (B, N)
+    gram: Tensor | None = None  # (B, N, N) products among them, where they are a context
 
 
 @register_method("scan")
@@ -97,28 +107,25 @@ class SCAN(Method):
             lambda_i2t=args.scan_lambda_i2t,
         )
 
-    def prepare_images(self, images: Tokens) -> Prepared:
+    def prepare_images(self, images: Tokens) -> UnitTokens:
         return self._unit_tokens(images, "t2i")
 
-    def prepare_texts(self, texts: Tokens) -> Prepared:
+    def prepare_texts(self, texts: Tokens) -> UnitTokens:
         return self._unit_tokens(texts, "i2t")
 
-    def _unit_tokens(self, tokens: Tokens, context_of: str) -> Prepared:
-        """Return unit tokens and mask, with the Gram matrix where the tokens are a context."""
+    def _unit_tokens(self, tokens: Tokens, context_of: str) -> UnitTokens:
         unit = normalize(tokens.local, dim=-1)
-        prepared = {"unit": unit, "mask": tokens.mask}
-        if context_of in self.directions:
-            prepared["gram"] = unit @ unit.transpose(1, 2)  # (B, N, N)
-        return prepared
+        gram = unit @ unit.transpose(1, 2) if context_of in self.directions else None
+        return UnitTokens(unit, tokens.mask, gram)
 
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        cosines = torch.einsum("tmc,vlc->vtml", texts["unit"], images["unit"])
-        word_mask, patch_mask = texts["mask"][None], images["mask"][:, None]
+    def score(self, images: UnitTokens, texts: UnitTokens) -> dict[str, Tensor]:
+        cosines = torch.einsum("tmc,vlc->vtml", texts.unit, images.unit)
+        word_mask, patch_mask = texts.mask[None], images.mask[:, None]
         found = []
         if "t2i" in self.directions:
-            gram = images["gram"][:, None]
+            gram = images.gram[:, None]
             found.append(attended_cosine(cosines, gram, word_mask, patch_mask, self.lambda_t2i))
         if "i2t" in self.directions:
-            turned, gram = cosines.transpose(2, 3), texts["gram"][None]
+            turned, gram = cosines.transpose(2, 3), texts.gram[None]
             found.append(attended_cosine(turned, gram, patch_mask, word_mask, self.lambda_i2t))
         return {"similarity": torch.stack(found).mean(0)}

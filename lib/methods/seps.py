@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.batch import Tokens
+from lib.batch import Rows, Tokens
 from lib.errors import InputError
-from lib.methods.base import Method, Prepared, check_slimming
+from lib.methods.base import Method
+from lib.methods.flags import check_slimming
 from lib.methods.registry import register_method
 from lib.model import kernels
-from lib.model.alignment import DenseMatch, Relevance, best_affinities, relevance_aware
+from lib.model.alignment import DenseMatch, MatchRows, Relevance, best_affinities, relevance_aware
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.gram import PairTokens, PatchSums, unit
 from lib.model.losses import AlignmentLoss, ratio_loss
 from lib.model.slimming import (
+    Aggregation,
     AggregationHead,
     PatchScore,
+    TextSummary,
     aggregated_count,
     aggregation,
     dropped_sum,
@@ -37,6 +40,36 @@ from lib.model.slimming import (
 )
 
 DENSE_WEIGHT = 0.1  # where the learnt weight of --dense_match starts
+
+
+@dataclass
+class DenseBranch(Rows):
+    """What the dense text of an image chose of it."""
+
+    weights: Tensor  # (B_v, N_c, L)
+    kept: Tensor  # (B_v, 1) in [0, 1]
+
+
+@dataclass
+class SEPSImages(Rows):
+    """What SEPS needs of each image, whatever the caption."""
+
+    patches: Tensor  # (B_v, L, C)
+    base: Tensor  # (B_v, L) the part of eq. 3 that no text changes
+    aggregation: Aggregation  # of the sparse branch
+    fixed: Tensor  # (B_v, F, C) unit tokens: v_cls, the fused one of the image's dense branch
+    fixed_mask: Tensor  # (B_v, F)
+    image_dense: DenseBranch | None = None  # where images own the dense text
+    caption_dense: Aggregation | None = None  # where captions do
+    match: MatchRows | None = None
+
+
+@dataclass
+class SEPSTexts(TextSummary):
+    """What SEPS needs of each caption."""
+
+    dense_embedding: Tensor | None = None  # (B_t, C), where captions own the dense text
+    match: MatchRows | None = None
 
 
 @register_method("seps")
@@ -158,128 +191,129 @@ class SEPS(Method):
 
     # --- once an image, once a caption ---------------------------------------------------------
 
-    def prepare_images(self, images: Tokens) -> Prepared:
+    def prepare_images(self, images: Tokens) -> SEPSImages:
         patches = images.local.detach() if self.detach_patches else images.local  # (B_v, L, C)
         with torch.no_grad():
             s_im = min_max(own_scores(patches, masked_mean(patches, images.mask)))
         # the part of eq. 3 that no text changes, for both branches
         base = (1 - 2 * self.beta) * self.patch_score(patches) + self.beta * s_im  # (B_v, L)
-        prepared = {"patches": patches, "base": base}
-        prepared |= aggregation(self.sparse_head, patches, self.is_fused)
-        fixed = [patches[:, :0]] if images.cls is None else [images.cls]
+        made = aggregation(self.sparse_head, patches, self.is_fused)
+        fixed = patches[:, :0] if images.cls is None else images.cls  # (B_v, F, C)
+        real = fixed.new_ones(fixed.shape[:2], dtype=torch.bool)  # (B_v, F)
+        prepared = SEPSImages(patches, base, made, fixed, real)
         if self.guide == "caption":
             logits = self.dense_head(patches)
-            peaks = peak_weights(logits)
-            prepared |= {"dense_logits": logits} | ({} if peaks is None else {"dense_peaks": peaks})
+            prepared.caption_dense = Aggregation(logits, peak_weights(logits))
         if self.guide == "image":
-            prepared |= self._image_dense(patches, base, images.dense)
-            fixed.append(prepared.pop("dense_fused"))
-        # what no caption changes: v_cls, the dense branch's fused token where it dropped anything
-        prepared["fixed"] = unit(torch.cat(fixed, 1))  # (B_v, F, C)
-        real = [fixed[0].new_ones(fixed[0].shape[:2], dtype=torch.bool)]
-        if self.guide == "image":
-            real.append(prepared.pop("dense_drops"))
-        prepared["fixed_mask"] = torch.cat(real, 1)  # (B_v, F)
+            dense, fused, drops = self._image_dense(patches, base, images.dense)
+            prepared.image_dense = dense
+            prepared.fixed = torch.cat([fixed, fused], 1)
+            prepared.fixed_mask = torch.cat([real, drops], 1)
+        prepared.fixed = unit(prepared.fixed)
         if self.dense_match is not None:
-            prepared.update(self.dense_match.prepare(images.dense))
+            prepared.match = self.dense_match.prepare(images.dense)
         return prepared
 
-    def _image_dense(self, patches: Tensor, base: Tensor, dense: Tokens) -> Prepared:
-        """Return the dense branch of images that own their dense text."""
+    def _image_dense(
+        self, patches: Tensor, base: Tensor, dense: Tokens
+    ) -> tuple[DenseBranch, Tensor, Tensor]:
+        """Return the dense branch of images that own their dense text, and its fused token.
+
+        The token is (B_v, 1, C), and (B_v, 1) says whether the branch dropped anything.
+        """
         with torch.no_grad():
             s_dt = min_max(own_scores(patches, masked_mean(dense.local, dense.mask)))
         significance = (base + self.beta * s_dt)[:, None]  # (B_v, 1, L)
         decision = self._decide(significance)
         fused = dropped_sum(significance, decision).weights[:, 0]  # (B_v, 1, L)
-        return {
-            "dense_weights": selected_softmax(self.dense_head(patches), decision),  # (B_v, N_c, L)
-            "dense_fused": fused.to(patches.dtype) @ patches,  # (B_v, 1, C)
-            "dense_kept": decision.to(base.dtype).mean(-1),  # (B_v, 1)
-            "dense_drops": _drops_any(decision),  # (B_v, 1)
-        }
+        branch = DenseBranch(
+            weights=selected_softmax(self.dense_head(patches), decision),
+            kept=decision.to(base.dtype).mean(-1),
+        )
+        return branch, fused.to(patches.dtype) @ patches, _drops_any(decision)
 
-    def prepare_texts(self, texts: Tokens) -> Prepared:
-        prepared = summarise_text(texts.local, texts.mask)
+    def prepare_texts(self, texts: Tokens) -> SEPSTexts:
+        prepared = SEPSTexts(**vars(summarise_text(texts.local, texts.mask)))
         if self.guide == "caption":
-            prepared["dense_global"] = masked_mean(texts.dense.local, texts.dense.mask).detach()
+            dense = masked_mean(texts.dense.local, texts.dense.mask)
+            prepared.dense_embedding = dense.detach()
         if self.dense_match is not None:
-            prepared.update(self.dense_match.prepare(texts))
+            prepared.match = self.dense_match.prepare(texts)
         return prepared
 
     # --- every pair ----------------------------------------------------------------------------
 
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
+    def score(self, images: SEPSImages, texts: SEPSTexts) -> dict[str, Tensor]:
         best, token_mask, maps = self._matches(images, texts)
         maps["similarity"] = relevance_aware(
-            *best, token_mask, texts["word_mask"], self.word_relevance, self.token_relevance
+            *best, token_mask, texts.word_mask, self.word_relevance, self.token_relevance
         )
         if self.dense_match is not None:
-            maps["similarity"] = maps["similarity"] + self.dense_match(images, texts)
+            maps["similarity"] = maps["similarity"] + self.dense_match(images.match, texts.match)
         return maps
 
     def _matches(
-        self, images: Prepared, texts: Prepared
+        self, images: SEPSImages, texts: SEPSTexts
     ) -> tuple[tuple[Tensor, Tensor], Tensor, dict[str, Tensor]]:
         """Return `best_affinities` of all pairs, the tokens' mask (B_v, T, N), the kept shares."""
-        shape = (len(images["patches"]), len(texts["words"]))
+        shape = (len(images), len(texts))
         maps = {}
         if self.guide == "image":
-            maps["kept_dense"] = images["dense_kept"].expand(shape)
+            maps["kept_dense"] = images.image_dense.kept.expand(shape)
         if self.is_fused:
-            maps["kept_sparse"] = images["base"].new_full(shape, self.kept_share)
+            maps["kept_sparse"] = images.base.new_full(shape, self.kept_share)
             return *self._fused_matches(images, texts), maps
-        sparse = self._branch(images, texts["global"], "")
+        sparse = self._branch(images, images.aggregation, texts.embedding)
         maps["kept_sparse"] = sparse.kept
         sums, masks = [sparse.local, sparse.dropped], [sparse.drops[..., None]]
         if self.guide == "image":
-            sums[0] = _with_weights(sparse.local, images["dense_weights"][:, None])
+            sums[0] = _with_weights(sparse.local, images.image_dense.weights[:, None])
         elif self.guide == "caption":
-            dense = self._branch(images, texts["dense_global"], "dense_")
+            dense = self._branch(images, images.caption_dense, texts.dense_embedding)
             maps["kept_dense"] = dense.kept
             sums[0] = _with_weights(sparse.local, _with_weights(dense.local, 0).weights)
             sums.append(dense.dropped)
             masks.append(dense.drops[..., None])
         masks.insert(0, sparse.drops.new_ones(*shape, sums[0].weights.shape[2]))
-        masks.append(images["fixed_mask"][:, None].expand(*shape, -1))
-        tokens = PairTokens(images["patches"], sums, images["fixed"], images.get("gram"))
+        masks.append(images.fixed_mask[:, None].expand(*shape, -1))
+        tokens = PairTokens(images.patches, sums, images.fixed, images.aggregation.gram)
         token_mask = torch.cat(masks, 2)
-        cosines = tokens.products(texts["words"])
-        return best_affinities(cosines, token_mask, texts["word_mask"]), token_mask, maps
+        cosines = tokens.products(texts.words)
+        return best_affinities(cosines, token_mask, texts.word_mask), token_mask, maps
 
     def _fused_matches(
-        self, images: Prepared, texts: Prepared
+        self, images: SEPSImages, texts: SEPSTexts
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        patches, logits = images["patches"], images["logits"]
-        added = None if self.guide is None else images["dense_weights"].to(patches.dtype) @ patches
+        patches, logits, added = images.patches, images.aggregation.logits, None
+        if self.guide is not None:
+            added = images.image_dense.weights.to(patches.dtype) @ patches
         best = kernels.fused_matches(
-            self._significance(images, texts["global"]),
+            self._significance(images, texts.embedding),
             logits,
             patches,
-            texts["words"],
-            texts["word_mask"],
-            images["fixed"],
-            images["fixed_mask"],
+            texts.words,
+            texts.word_mask,
+            images.fixed,
+            images.fixed_mask,
             self.kept,
             added=added,
             fused_counts=False,
         )
         drops = self.kept < patches.shape[1]
-        mask = kernels.token_mask(images["fixed_mask"], logits.shape[1], drops)
-        return best, mask
+        return best, kernels.token_mask(images.fixed_mask, logits.shape[1], drops)
 
-    def _significance(self, images: Prepared, embeddings: Tensor) -> Tensor:
+    def _significance(self, images: SEPSImages, embeddings: Tensor) -> Tensor:
         """Return eq. 3 of every pair under texts' global embeddings (T, C), (B_v, T, L)."""
         with torch.no_grad():
-            attention = min_max(global_scores(images["patches"], embeddings))
-        return images["base"][:, None] + self.beta * attention
+            attention = min_max(global_scores(images.patches, embeddings))
+        return images.base[:, None] + self.beta * attention
 
-    def _branch(self, images: Prepared, embeddings: Tensor, prefix: str) -> Branch:
-        """Return one branch for every pair; `prefix` names its logits."""
+    def _branch(self, images: SEPSImages, made: Aggregation, embeddings: Tensor) -> Branch:
+        """Return one branch for every pair: under these texts, with this aggregation."""
         significance = self._significance(images, embeddings)
         decision = self._decide(significance)
-        logits, peaks = images[f"{prefix}logits"], images.get(f"{prefix}peaks")
         return Branch(
-            local=selected_sums(logits, peaks, decision),
+            local=selected_sums(made, decision),
             dropped=dropped_sum(significance, decision),
             kept=decision.to(significance.dtype).mean(-1),
             drops=_drops_any(decision),
@@ -299,7 +333,7 @@ class SEPS(Method):
     def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
         """Return which patches each pair's sparse branch keeps, bool (B_v, B_t, L)."""
         prepared = self.prepare_images(images)
-        significance = self._significance(prepared, self.prepare_texts(texts)["global"])
+        significance = self._significance(prepared, self.prepare_texts(texts).embedding)
         return top_k_mask(significance, self.kept)
 
     # --- training ------------------------------------------------------------------------------

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lib.batch import Tokens, length_mask
-from lib.methods.base import LapsFamily, Prepared
+from lib.methods import pairs
+from lib.methods.laps_family import LapsFamily
 from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource
 from lib.model.losses import AlignmentLoss
+from lib.model.slimming import SlimmedImages
 
 
 @register_method("seps_released")
@@ -47,15 +50,33 @@ class SEPSReleased(LapsFamily):
         first, row = _first_equal(real).unique(return_inverse=True)
         return super()._encode_dense(owner, ids[first], lengths[first])[row]
 
-    def prepared_maps(self, images: Prepared, texts: Tokens) -> dict[str, Tensor]:
-        captions = super().prepared_maps(images, Tokens(texts.local, texts.mask))
+    def bucketed(self, texts: Tokens) -> CaptionsAndDense:
         first, row = _first_equal_text(texts.dense).unique(return_inverse=True)
-        dense = super().prepared_maps(images, texts.dense[first])
-        return {key: values + dense[key][:, row] for key, values in captions.items()}
+        captions = pairs.bucketed(self, Tokens(texts.local, texts.mask))
+        return CaptionsAndDense(captions, pairs.bucketed(self, texts.dense[first]), row)
 
-    def pair_scores(self, images: Prepared, texts: Tokens, rows: Tensor, columns: Tensor) -> Tensor:
+    def prepared_maps(self, images: SlimmedImages, texts: CaptionsAndDense) -> pairs.Maps:
+        captions = pairs.all_pairs(self, images, texts.captions)
+        dense = pairs.all_pairs(self, images, texts.dense)
+        return {key: values + dense[key][:, texts.row] for key, values in captions.items()}
+
+    def pair_scores(
+        self, images: SlimmedImages, texts: Tokens, rows: Tensor, columns: Tensor
+    ) -> Tensor:
         captions = super().pair_scores(images, texts, rows, columns)
         return captions + super().pair_scores(images, texts.dense, rows, columns)
+
+
+@dataclass
+class CaptionsAndDense:
+    """Captions and the different dense texts among theirs, both prepared; `row` (B_t,) of each."""
+
+    captions: pairs.TextBuckets
+    dense: pairs.TextBuckets
+    row: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions)
 
 
 def _first_equal(keys: Tensor) -> Tensor:

@@ -9,27 +9,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib.batch import Tokens
-from lib.methods.base import Method, Prepared
+from lib.methods.pooled import PooledMethod
 from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss
 from lib.model.pooling import GPO
-from lib.model.precision import full_precision
 from lib.model.slimming import masked_mean
 
 Pooling = Callable[[Tensor, Tensor], Tensor]  # tokens (B, N, C), mask (B, N) -> (B, C)
 
 
 @register_method("vse")
-class VSE(Method):
+class VSE(PooledMethod):
     """Cosine of pooled patches and pooled words (VSE++, BMVC 2018; GPO pooling, CVPR 2021).
 
-    Tokens hold one local token: `local` (B, 1, C), of length 1. An image's [CLS] is not pooled.
+    An image's [CLS] is not pooled.
     """
-
-    accepts_regions = True
-
-    scores_repeat = False  # one product a pair
 
     def __init__(
         self,
@@ -70,21 +65,6 @@ class VSE(Method):
     def encode_texts(self, *args, **kwargs) -> Tokens:
         """Return the captions' embeddings as Tokens: local (B_t, 1, C) of length 1."""
         return _pooled(super().encode_texts(*args, **kwargs), self.text_pool)
-
-    def prepare_images(self, images: Tokens) -> Prepared:
-        return {"embedding": images.local[:, 0]}
-
-    def prepare_texts(self, texts: Tokens) -> Prepared:
-        return {"embedding": texts.local[:, 0]}
-
-    def score(self, images: Prepared, texts: Prepared) -> dict[str, Tensor]:
-        return {"similarity": _products(images["embedding"], texts["embedding"])}
-
-
-@full_precision
-def _products(images: Tensor, texts: Tensor) -> Tensor:
-    """Return all dot products, (b_v, b_t); in bf16 many of them would tie."""
-    return images @ texts.T
 
 
 def _pooling(kind: str) -> Pooling:

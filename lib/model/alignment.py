@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, normalize, pad, softplus
 
-from lib.batch import Tokens
+from lib.batch import Rows, Tokens
 
 NEGATIVE_SLOPE = 0.1
 
@@ -149,6 +150,14 @@ def relevance_aware(
     )
 
 
+@dataclass
+class MatchRows(Rows):
+    """What `DenseMatch` needs of texts, a row each."""
+
+    unit: Tensor  # normalised: words (B, N, C), or mean embeddings (B, C)
+    mask: Tensor | None = None  # (B, N), of words
+
+
 class DenseMatch(nn.Module):
     """How well dense texts fit captions, word against word: (b_v, b_t), SPEC 4.2.
 
@@ -166,26 +175,24 @@ class DenseMatch(nn.Module):
         if initial_weight is not None:
             self.raw_weight = nn.Parameter(torch.tensor(math.log(math.expm1(initial_weight))))
 
-    def prepare(self, texts: Tokens) -> dict[str, Tensor]:
+    def prepare(self, texts: Tokens) -> MatchRows:
         """Return what the term needs of dense texts or of captions, a row each."""
         if self.kind == "mean":
             # at least float32: half precision would round many cosines to ties
             words = texts.local.to(torch.promote_types(texts.local.dtype, torch.float32))
             mean = masked_average(words.transpose(1, 2), texts.mask[:, None])  # (B, C)
-            return {"match_mean": normalize(mean, dim=-1)}
-        return {"match_words": normalize(texts.local, dim=-1), "match_mask": texts.mask}
+            return MatchRows(normalize(mean, dim=-1))
+        return MatchRows(normalize(texts.local, dim=-1), texts.mask)
 
-    def forward(self, dense: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
+    def forward(self, dense: MatchRows, captions: MatchRows) -> Tensor:
         match = self._match(dense, captions)
         return match if self.raw_weight is None else softplus(self.raw_weight) * match
 
-    def _match(self, dense: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
+    def _match(self, dense: MatchRows, captions: MatchRows) -> Tensor:
         if self.kind == "mean":
-            dense_mean, caption_mean = dense["match_mean"], captions["match_mean"]
-            with torch.autocast(dense_mean.device.type, enabled=False):
-                return dense_mean @ caption_mean.T  # (b_v, b_t)
-        words = (dense["match_words"], captions["match_words"])
-        cosines = torch.einsum("vnc,tmc->vtnm", *words)
+            with torch.autocast(dense.unit.device.type, enabled=False):
+                return dense.unit @ captions.unit.T  # (b_v, b_t)
+        cosines = torch.einsum("vnc,tmc->vtnm", dense.unit, captions.unit)
         cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
-        masks = dense["match_mask"][:, None], captions["match_mask"]
+        masks = dense.mask[:, None], captions.mask
         return mean_of_best(*best_matches(cosines, *masks), *masks)

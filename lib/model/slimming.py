@@ -7,11 +7,13 @@ change the kept set of most pairs.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lib.batch import Rows
 from lib.model.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit
 from lib.model.precision import full_precision, is_half
 
@@ -120,14 +122,14 @@ def peak_weights(logits: Tensor) -> Tensor | None:
 
 
 @full_precision
-def selected_sums(logits: Tensor, peaks: Tensor | None, decision: Tensor) -> PatchSums:
+def selected_sums(made: Aggregation, decision: Tensor) -> PatchSums:
     """Return N_c sums of each image's kept patches for each caption, weighted by a softmax.
 
-    logits and peaks (B_v, N_c, L), of `AggregationHead` and `peak_weights`; decision (B_v, T, L),
-    bool or float in {0, 1}.
+    decision (B_v, T, L), bool or float in {0, 1}.
     """
+    peaks = made.peaks
     if peaks is None:
-        return PatchSums(selected_softmax(logits[:, None], decision[:, :, None]))
+        return PatchSums(selected_softmax(made.logits[:, None], decision[:, :, None]))
     kept = decision.to(peaks.dtype)
     mass = kept @ peaks.transpose(1, 2)  # (B_v, T, N_c)
     return PatchSums(
@@ -158,17 +160,21 @@ class AggregationHead(nn.Module):
         return (self.weight(patches) * self.scale).transpose(1, 2)
 
 
-def aggregation(head: AggregationHead, patches: Tensor, fused: bool) -> dict[str, Tensor]:
-    """Return what `selected_sums` and `PairTokens` need of images: (B_v, L, C) -> a dictionary.
+@dataclass
+class Aggregation(Rows):
+    """What `selected_sums` and `PairTokens` need of images, a row each."""
 
-    `logits` (B_v, N_c, L); `peaks` and `gram` where they serve, never where a kernel is to score
-    the pairs (`fused`), which reads the logits alone.
-    """
+    logits: Tensor  # (B_v, N_c, L)
+    peaks: Tensor | None = None  # `peak_weights` of them, where they serve
+    gram: Tensor | None = None  # `gram_matrix` of the patches, where it pays
+
+
+def aggregation(head: AggregationHead, patches: Tensor, fused: bool) -> Aggregation:
+    """Return the aggregation of patches (B_v, L, C); a kernel (`fused`) reads the logits alone."""
     logits = head(patches)
     if fused:
-        return {"logits": logits}
-    optional = {"peaks": peak_weights(logits), "gram": gram_matrix(patches, logits.shape[1])}
-    return {"logits": logits} | {key: one for key, one in optional.items() if one is not None}
+        return Aggregation(logits)
+    return Aggregation(logits, peak_weights(logits), gram_matrix(patches, logits.shape[1]))
 
 
 class PatchScore(nn.Module):
@@ -220,17 +226,28 @@ class WordSelection(nn.Module):
         return kept
 
 
-def summarise_text(words: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Return what LAPS needs of each text: words (B_t, M, C) and mask (B_t, M) -> a dictionary.
+@dataclass
+class TextSummary(Rows):
+    """What LAPS needs of each text."""
 
-    `words` normalised (B_t, M, C), `word_mask`, and `global` (B_t, C), the mean over real words
-    without gradient: it only chooses patches.
-    """
-    return {
-        "words": normalize(words, dim=-1),
-        "word_mask": mask,
-        "global": masked_mean(words, mask).detach(),
-    }
+    words: Tensor  # (B_t, M, C) normalised
+    word_mask: Tensor  # (B_t, M)
+    embedding: Tensor  # (B_t, C) the text's global one, without gradient: it only chooses patches
+
+
+def summarise_text(words: Tensor, mask: Tensor) -> TextSummary:
+    """Return the summary of words (B_t, M, C) and mask (B_t, M); the global one is their mean."""
+    return TextSummary(normalize(words, dim=-1), mask, masked_mean(words, mask).detach())
+
+
+@dataclass
+class SlimmedImages(Rows):
+    """What LAPS needs of each image, whatever the text."""
+
+    patches: Tensor  # (B_v, L, C)
+    own: Tensor  # (B_v, L) cosine of each patch with the image's global embedding
+    fixed: Tensor  # (B_v, F, C) normalised tokens that no text changes
+    aggregation: Aggregation
 
 
 class LapsNetwork(nn.Module):
@@ -258,7 +275,7 @@ class LapsNetwork(nn.Module):
         cls: Tensor | None,
         embeddings: Tensor | None = None,
         fused: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> SlimmedImages:
         """Return what depends on the image alone, for `tokens`, or for the kernel where `fused`.
 
         patches (B_v, L, C), cls (B_v, 1, C) or None; `embeddings` (B_v, C) are the images' global
@@ -267,28 +284,28 @@ class LapsNetwork(nn.Module):
         with torch.no_grad():
             own = own_scores(patches, patches.mean(1) if embeddings is None else embeddings)
         fixed = unit(patches[:, :0] if cls is None else cls)  # what no text changes
-        prepared = {"patches": patches, "own": own, "fixed": fixed}
-        return prepared | aggregation(self.head, patches, fused)
+        return SlimmedImages(patches, own, fixed, aggregation(self.head, patches, fused))
 
     @torch.no_grad()
-    def scores(self, images: dict[str, Tensor], embeddings: Tensor) -> Tensor:
+    def scores(self, images: SlimmedImages, embeddings: Tensor) -> Tensor:
         """Return each pair's patch scores, (B_v, T, L), no gradient.
 
         `embeddings` (T, C) are the texts' global ones.
         """
-        return images["own"][:, None] + global_scores(images["patches"], embeddings)
+        return images.own[:, None] + global_scores(images.patches, embeddings)
 
-    def select(self, images: dict[str, Tensor], embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, images: SlimmedImages, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return `scores` and which patches stay, bool (B_v, T, L)."""
         scores = self.scores(images, embeddings)
         return scores, top_k_mask(scores, self.kept)
 
-    def tokens(self, images: dict[str, Tensor], embeddings: Tensor) -> PairTokens:
+    def tokens(self, images: SlimmedImages, embeddings: Tensor) -> PairTokens:
         """Return [aggregated; fused; v_cls] of every pair."""
         scores, decision = self.select(images, embeddings)
-        local = selected_sums(images["logits"], images.get("peaks"), decision)
+        made = images.aggregation
+        local = selected_sums(made, decision)
         sums = [local, dropped_sum(scores, decision)]
-        return PairTokens(images["patches"], sums, images["fixed"], images.get("gram"))
+        return PairTokens(images.patches, sums, images.fixed, made.gram)
 
     @property
     def kept_share(self) -> float:

@@ -79,7 +79,8 @@ def similarity_matrix(
 
     `images` are this rank's; `texts` are all captions. Every rank returns the whole matrix.
     """
-    groups = regroup(texts, TEXTS_AT_ONCE)
+    with autocast():
+        groups = [model.bucketed(group) for group in regroup(texts, TEXTS_AT_ONCE)]
     rows = []
     for part in images:
         with autocast():

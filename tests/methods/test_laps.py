@@ -134,7 +134,7 @@ def scored_texts(model, monkeypatch) -> list[int]:
     score = model.score
 
     def counted(images, texts):
-        counts.append(len(texts["words"]))
+        counts.append(len(texts))
         return score(images, texts)
 
     monkeypatch.setattr(model, "score", counted)

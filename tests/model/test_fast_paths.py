@@ -18,6 +18,7 @@ from lib.model.gram import PairTokens, PatchSums, gram_matrix, gram_pays, unit
 from lib.model.losses import hardest_pairs, hinge_triplet, negatives_mask
 from lib.model.slimming import (
     LARGEST_EXPONENT,
+    Aggregation,
     LapsNetwork,
     min_max,
     peak_weights,
@@ -105,7 +106,7 @@ def test_weights_of_the_whole_image_give_the_softmax_of_the_kept(spread):
     decision = top_k_mask(random(2, 5, 8, seed=1), 3)
     peaks = peak_weights(logits)
     assert (peaks is None) == (spread == LARGEST_EXPONENT)
-    sums = selected_sums(logits, peaks, decision)
+    sums = selected_sums(Aggregation(logits, peaks), decision)
     weights = sums.weights if sums.mass is None else sums.weights / sums.mass[..., None]
     expected = logits[:, None].masked_fill(~decision[:, :, None], -torch.inf).softmax(-1)
     torch.testing.assert_close(weights, expected)
@@ -252,7 +253,7 @@ def test_two_passes_with_equal_hardest_negatives(monkeypatch):
 
 
 def test_two_passes_with_more_pairs_than_are_scored_at_once(monkeypatch):
-    monkeypatch.setattr("lib.methods.base.PAIRS_AT_ONCE", 4)
+    monkeypatch.setattr("lib.methods.pairs.PAIRS_AT_ONCE", 4)
     model, inputs = double_case("laps")
     assert_two_passes_change_nothing(model, inputs, monkeypatch)
 

@@ -109,26 +109,26 @@ def assert_agrees(case: dict, k: int, tolerance: float = TOLERANCE, **options) -
 # --- the plain form is what the methods compute --------------------------------------------------
 
 
-def laps_arguments(model, images: dict, texts: dict) -> dict:
+def laps_arguments(model, images, texts) -> dict:
     """What LAPS and its kin would pass."""
-    scores, _ = model.network.select(images, texts["global"])
-    fixed = images["fixed"]
+    scores, _ = model.network.select(images, texts.embedding)
+    fixed = images.fixed
     fixed_mask = fixed.new_ones(fixed.shape[:2], dtype=torch.bool)
     return {"scores": scores, "fixed": fixed, "fixed_mask": fixed_mask, "k": model.network.kept}
 
 
-def seps_arguments(model, images: dict, texts: dict) -> dict:
+def seps_arguments(model, images, texts) -> dict:
     """What SEPS would pass, its dense text absent or on the side of the image."""
-    attention = min_max(global_scores(images["patches"], texts["global"]))
+    attention = min_max(global_scores(images.patches, texts.embedding))
     arguments = {
-        "scores": images["base"][:, None] + model.beta * attention,
-        "fixed": images["fixed"],
-        "fixed_mask": images["fixed_mask"],
+        "scores": images.base[:, None] + model.beta * attention,
+        "fixed": images.fixed,
+        "fixed_mask": images.fixed_mask,
         "k": model.kept,
         "fused_counts": False,
     }
-    if "dense_weights" in images:
-        arguments["added"] = images["dense_weights"] @ images["patches"]
+    if images.image_dense is not None:
+        arguments["added"] = images.image_dense.weights @ images.patches
     return arguments
 
 
@@ -143,12 +143,12 @@ def test_plain_form_is_the_similarity_of_the_method(method, dense, sparse_ratio)
     tokens = encode(model, pair_inputs(4, method, **flags))
     images, texts = model.prepare_images(tokens[0]), model.prepare_texts(tokens[1])
     arguments = (laps_arguments if method == "laps" else seps_arguments)(model, images, texts)
-    arguments |= {key: images[key] for key in ("logits", "patches")}
-    arguments |= {key: texts[key] for key in ("words", "word_mask")}
+    arguments |= {"logits": images.aggregation.logits, "patches": images.patches}
+    arguments |= {"words": texts.words, "word_mask": texts.word_mask}
     for_words, for_tokens = plain_matches(**arguments)
-    takes_part = arguments.get("fused_counts", True) or arguments["k"] < images["patches"].shape[1]
-    mask = token_mask(arguments["fixed_mask"], images["logits"].shape[1], takes_part)
-    found = masked_average(for_words, texts["word_mask"]) + masked_average(for_tokens, mask)
+    takes_part = arguments.get("fused_counts", True) or arguments["k"] < images.patches.shape[1]
+    mask = token_mask(arguments["fixed_mask"], images.aggregation.logits.shape[1], takes_part)
+    found = masked_average(for_words, texts.word_mask) + masked_average(for_tokens, mask)
     wanted = model.score(images, texts)["similarity"]
     torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 

@@ -16,6 +16,7 @@ from lib.model.alignment import (
     mean_of_best,
 )
 from lib.model.slimming import (
+    Aggregation,
     aggregated_count,
     dropped_sum,
     global_scores,
@@ -83,7 +84,7 @@ def test_sums_of_kept_and_dropped_patches_equal_loops():
     logits = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
     scores = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
     decision = top_k_mask(scores, 3)
-    local = selected_sums(logits, peak_weights(logits), decision)
+    local = selected_sums(Aggregation(logits, peak_weights(logits)), decision)
     tokens = local.scaled(local.weights @ patches[:, None])
     fused = (dropped_sum(scores, decision).weights @ patches[:, None])[:, :, 0]
     for v in range(2):

@@ -1,0 +1,97 @@
+"""Flags that several methods read, and what their values may be; names follow the LAPS family."""
+
+from __future__ import annotations
+
+import argparse
+
+from lib.errors import InputError
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model flags that several methods read."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--embed_size", type=int, default=512, help="width C of the joint space")
+    group.add_argument(
+        "--vit_type",
+        default="vit",
+        help="image encoder: vit|vit_224, vit_384, swin|swin_224, swin_384, tiny (from scratch), "
+        "a Hugging Face id or a local folder",
+    )
+    group.add_argument(
+        "--bert_path",
+        default="bert-base-uncased",
+        help="text encoder: a Hugging Face id, a local folder, or tiny (from scratch)",
+    )
+    group.add_argument("--img_res", type=int, default=224, help="image side in pixels")
+    group.add_argument(
+        "--precomp",
+        type=int,
+        default=0,
+        help="1: images are precomputed region features, not pixels; --vit_type is not used",
+    )
+    group.add_argument(
+        "--region_dim", type=int, default=2048, help="channels of a precomputed region"
+    )
+    group.add_argument(
+        "--max_word", type=int, default=90, help="longest caption in word pieces; the rest is cut"
+    )
+    group.add_argument(
+        "--max_dense_word", type=int, default=0, help="the same for dense texts; 0: as --max_word"
+    )
+    group.add_argument("--tiny_width", type=int, default=64, help="width of the tiny encoders")
+    group.add_argument("--tiny_layers", type=int, default=2, help="layers of the tiny encoders")
+    group.add_argument("--tiny_patch_size", type=int, default=16, help="patch of the tiny ViT")
+    group.add_argument(
+        "--shard_size",
+        type=int,
+        default=64,
+        help="the similarity works on at most shard_size x shard_size pairs at once; more of them "
+        "are computed again in the backward pass",
+    )
+    group.add_argument("--gradient_checkpointing", type=int, default=0, help="backbones recompute")
+
+    slimming = parser.add_argument_group("patch slimming (seps, laps and their kin)")
+    slimming.add_argument("--sparse_ratio", type=float, default=0.5, help="share of patches kept")
+    slimming.add_argument(
+        "--aggr_ratio", type=float, default=0.4, help="aggregated patches per kept patch"
+    )
+    slimming.add_argument(
+        "--attention_weight", type=float, default=0.8, help="attention's share of a patch's score"
+    )
+    slimming.add_argument("--ratio_weight", type=float, default=2.0, help="weight of ratio loss")
+    slimming.add_argument(
+        "--detach_patches",
+        type=int,
+        default=None,
+        help="1: patches are taken without gradient, as the released SEPS code does (its preset's "
+        "default); 0: with gradient (the default elsewhere)",
+    )
+
+    dense = parser.add_argument_group("dense text (seps, dense_text)")
+    dense.add_argument(
+        "--dense_match",
+        default="none",
+        choices=["max_mean", "mean", "none"],
+        help="match captions with the images' dense texts and add that to the similarity: best "
+        "words both ways; cosine of mean embeddings; not at all. dense_text, which is this match "
+        "alone, takes none for max_mean",
+    )
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss",
+        default="vse",
+        choices=["vse", "trip", "infonce"],
+        help="vse: hinge triplet; trip: distance-weighted sampling; infonce: symmetric InfoNCE",
+    )
+    loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")
+
+
+def check_slimming(args: argparse.Namespace) -> None:
+    """Raise InputError where a flag of the slimming group is out of range."""
+    low_ends = {"sparse_ratio": True, "aggr_ratio": True, "attention_weight": False}
+    for flag, low_open in low_ends.items():
+        value = getattr(args, flag)
+        if not (0 < value <= 1 if low_open else 0 <= value <= 1):
+            interval = "(0, 1]" if low_open else "[0, 1]"
+            raise InputError(f"--{flag} {value}: give a number in {interval}")

@@ -1,0 +1,149 @@
+"""Pairs in chunks, chosen pairs, and the two passes of hardest negatives, for every method alike.
+
+A method scores one chunk of pairs at a time (`Method.score`). Here all pairs are cut into such
+chunks, so that memory is that of one chunk, and gradient is kept for no more pairs than the loss
+reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lib.batch import Rows, Tokens, length_buckets
+from lib.distributed import gather_sizes, rank
+from lib.model import kernels
+
+if TYPE_CHECKING:
+    from lib.methods.base import Method
+
+Maps = dict[str, Tensor]  # each (B_v, B_t)
+
+CAPTIONS_WITHOUT_GRAPH = 256  # of a chunk
+PAIRS_WITHOUT_GRAPH = 256  # of a chunk on the CPU: what it makes stays near the caches
+PAIRS_AT_ONCE = 256  # scored one by one, each with its own copy of the image's patches
+MOST_READ = 4  # similarities a pair that are worth scoring twice
+
+
+@dataclass
+class TextBuckets:
+    """Captions prepared for scoring, in buckets of like length; `order` is theirs in the whole."""
+
+    buckets: list[Rows]
+    order: list[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def bucketed(method: Method, texts: Tokens) -> TextBuckets:
+    """Return the captions prepared, in buckets of about one length: no padding is multiplied."""
+    captions = method.shard_size if torch.is_grad_enabled() else CAPTIONS_WITHOUT_GRAPH
+    buckets, order = [], []
+    for rows in length_buckets(texts.lengths.tolist(), min(_most_pairs(method), captions)):
+        alike = texts[rows] if len(rows) < len(texts) else texts
+        buckets.append(method.prepare_texts(alike.trimmed()))
+        order += rows if alike is not texts else range(len(texts))
+    return TextBuckets(buckets, order)
+
+
+def all_pairs(method: Method, images: Rows, texts: TextBuckets) -> Maps:
+    """Return `Method.score` of every pair, columns in the captions' own order.
+
+    A chunk holds at most `shard_size`² pairs; with more than that in all, the backward pass
+    computes each chunk again.
+    """
+    most = _most_pairs(method)
+    again = torch.is_grad_enabled() and len(images) * len(texts) > most
+    if not torch.is_grad_enabled() and images.device.type == "cpu":
+        most = min(most, PAIRS_WITHOUT_GRAPH)
+    columns = []
+    for bucket in texts.buckets:
+        size = max(1, most // len(bucket))
+        chunks = (images[first : first + size] for first in range(0, len(images), size))
+        columns.append(_stacked([_scored(method, chunk, bucket, again) for chunk in chunks], 0))
+    maps = _stacked(columns, 1)
+    if texts.order == sorted(texts.order):
+        return maps
+    places = torch.tensor(texts.order, device=images.device).argsort()
+    return {key: value[:, places] for key, value in maps.items()}
+
+
+def chosen_pairs(
+    method: Method, images: Rows, texts: Rows, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Return the similarity of the pairs (rows[p], columns[p]) alone, (P,)."""
+
+    def one_pair(image: dict, text: dict) -> Tensor:
+        pair = images.refilled(image)[None], texts.refilled(text)[None]
+        return method.score(*pair)["similarity"][0, 0]
+
+    def scores(rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.vmap(one_pair)(images[rows].tensors(), texts[columns].tensors())
+
+    parts = list(zip(rows.split(PAIRS_AT_ONCE), columns.split(PAIRS_AT_ONCE), strict=True))
+    if len(parts) == 1:
+        return scores(*parts[0])
+    return torch.cat([checkpoint(scores, *part, use_reentrant=False) for part in parts])
+
+
+def loss_maps(method: Method, images: Tokens, texts: Tokens, image_ids: Tensor) -> Maps:
+    """Return the maps of the global batch, each (B, B), for this rank's `images`.
+
+    Where the loss reads only the hardest negatives, all pairs are scored without a graph, and the
+    similarities that take part in the loss once more with one: at most three a row, but for ties.
+    """
+    prepared = method.prepare_images(images)
+    few = method.criterion.reads_few_pairs and method.scores_repeat and torch.is_grad_enabled()
+    if few:
+        with without_graph(texts.local.device):
+            maps = _gathered(method, prepared, texts)
+        pairs = method.criterion.pairs_read(maps["similarity"], image_ids)  # (B, B)
+        few = int(pairs.sum()) <= MOST_READ * len(pairs)  # the same on every rank
+    if not few:
+        return _gathered(method, prepared, texts)
+    first = sum(gather_sizes(len(images), texts.local.device)[: rank()])
+    rows, columns = pairs[first : first + len(images)].nonzero(as_tuple=True)
+    scores = method.pair_scores(prepared, texts, rows, columns)
+    # the values of the first pass, so that the loss picks the pairs that were picked here
+    gradient = scores.new_zeros(len(images), len(texts))
+    gradient = gradient.index_put((rows, columns), scores - scores.detach())
+    maps["similarity"] = maps["similarity"] + method.gather(gradient)
+    return maps
+
+
+@contextmanager
+def without_graph(device: torch.device) -> Iterator[None]:
+    """Switch gradient off; autocast must not keep weights for later that it casts meanwhile."""
+    mixed = torch.is_autocast_enabled(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=mixed, cache_enabled=False):
+        yield
+
+
+def _most_pairs(method: Method) -> int:
+    """Return how many pairs `score` is given at once."""
+    return kernels.PAIRS if method.is_fused else method.shard_size**2
+
+
+def _scored(method: Method, images: Rows, texts: Rows, again: bool) -> Maps:
+    """Return `score`; with `again` the backward pass computes it anew and nothing is kept."""
+    if again:
+        return checkpoint(method.score, images, texts, use_reentrant=False)
+    return method.score(images, texts)
+
+
+def _gathered(method: Method, images: Rows, texts: Tokens) -> Maps:
+    maps = method.prepared_maps(images, method.bucketed(texts))
+    return {key: method.gather(value) for key, value in maps.items()}
+
+
+def _stacked(parts: list[Maps], dim: int) -> Maps:
+    if len(parts) == 1:
+        return parts[0]
+    return {key: torch.cat([part[key] for part in parts], dim) for key in parts[0]}
