@@ -151,7 +151,7 @@ def test_losses_have_the_loops_gradient(method, flags, with_gram, hardest, monke
     )
     monkeypatch.setattr(gram, "gram_pays", lambda *sizes: with_gram)  # the form is forced
     model, images, texts = case(method, flags)
-    monkeypatch.setattr("lib.methods.base.PAIRS_AT_ONCE", 16)  # of up to 24: checkpointed parts
+    monkeypatch.setattr("lib.methods.pairs.PAIRS_AT_ONCE", 16)  # of up to 24: checkpointed parts
     model.set_hard_negatives(hardest)
     losses = model.losses(images, texts, IMAGE_IDS)
     loss, wanted = expected(method, flags)[hardest]
