@@ -15,7 +15,7 @@ from tools.benchmark import evaluate, similarity, step
 from tools.benchmark.__main__ import main
 from tools.benchmark.cases import Case, call_of, fewer_captions, least_work, pair_flops
 from tools.benchmark.lengths import draw_lengths, histogram
-from tools.benchmark.loop import LOOPS
+from tools.benchmark.loop import LOOPS, PEERS
 from tools.benchmark.measure import rss_peak
 from tools.benchmark.report import judge, page
 
@@ -43,7 +43,7 @@ def doubled(tokens: Tokens | None) -> Tokens | None:
 # --- the loop computes our numbers ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["laps", "seps"])
+@pytest.mark.parametrize("method", sorted(LOOPS))
 @pytest.mark.parametrize("patches", [WITH_CLS, WITHOUT_CLS])
 def test_loop_gives_our_similarity(method, patches):
     case = small_case(method, patches)
@@ -54,7 +54,7 @@ def test_loop_gives_our_similarity(method, patches):
     torch.testing.assert_close(loop, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["laps", "seps"])
+@pytest.mark.parametrize("method", sorted(LOOPS))
 @pytest.mark.parametrize("patches", [WITH_CLS, WITHOUT_CLS])
 @pytest.mark.parametrize("mode", ["hardest", "sum"])
 def test_loop_gives_our_gradients(method, patches, mode):
@@ -120,24 +120,39 @@ def test_evaluation_command(tmp_path):
     assert "from 24 and" in scoring["note"]
 
 
-@pytest.mark.parametrize("method", ["laps", "seps"])
+@pytest.mark.parametrize("method", sorted(LOOPS))
 def test_field_evaluation_gives_our_matrix(method):
     case = step.StepCase(method, "sum", 3, encoders="tiny", embed_size=16)
     model = case.model().eval()
-    images = case.inputs(dense=method == "seps")
-    captions = replace(case, batch=15).inputs(dense=False)
+    images, captions = evaluate.split_inputs(case)
     ours = evaluate.our_matrix(model, images, captions)
     np.testing.assert_allclose(evaluate.field_matrix(model, images, captions), ours, atol=1e-5)
 
 
-def test_both_steps_learn_the_same():
-    case = step.StepCase("seps", "hardest", 3, encoders="tiny", embed_size=16)
-    model, batch = case.model(), case.inputs(dense=True)
-    ratio = (step.our_loss(model, batch) - step.loop_loss(model, batch)).detach()
-    assert float(ratio) == pytest.approx(0, abs=1e-4)  # 8 of 16 patches: the ratio loss is zero
+@pytest.mark.parametrize("method", sorted(LOOPS))
+def test_both_steps_learn_the_same(method):
+    case = step.StepCase(method, "hardest", 3, encoders="tiny", embed_size=16)
+    model, batch = case.model(), case.inputs()
+    ours, loop = step.our_loss(model, batch), step.loop_loss(model, batch)
+    ratio = model.network.kept_share * sum(model.ratio_lambdas) - model.network.sparse_ratio
+    constant = model.ratio_weight * ratio**2  # of hard top-k
+    assert float((ours - loop).detach()) == pytest.approx(constant, abs=1e-4)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     step.step_of(case, "loop", model)()
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_seps_is_measured_against_the_released_network():
+    assert PEERS["seps"] == "seps_released"
+    case = small_case("seps", mode="eval")
+    images, texts = case.image_tokens(), case.text_tokens()
+    assert texts.dense.local[0].equal(texts.dense.local[4])  # five captions of an image share one
+    peer = case.model("loop")
+    found = call_of(case, "loop", peer, images, texts)()
+    torch.testing.assert_close(found, peer.similarity(images, texts), rtol=0, atol=1e-5)
+    ours = call_of(case, "ours", case.model(), images, texts)()
+    alone = case.model().similarity(images, Tokens(texts.local, texts.mask))
+    torch.testing.assert_close(ours, alone, rtol=0, atol=1e-5)
 
 
 def test_step_command(tmp_path, capsys):
@@ -153,7 +168,10 @@ def test_step_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["similarity", "--method", "vse"], "--method vse: 'vse' is not one of laps, seps"),
+        (
+            ["similarity", "--method", "vse"],
+            "--method vse: 'vse' is not one of laps, seps, seps_released",
+        ),
         (["similarity", "--patches", "0"], "--patches 0: give whole numbers of at least 1"),
         (["similarity", "--words", "real,x"], "--words x: give whole numbers"),
         (["similarity", "--repeats", "0"], "--repeats 0: give a whole number of at least 1"),
@@ -236,10 +254,10 @@ def test_rows_with_a_bar_are_measured_by_default():
     )
     vars(args).update(dict.fromkeys(similarity.GRID))
     barred = [
-        (case.method, case.mode, "cpu")
+        (case.method, case.mode, case.patches, case.words, "cpu")
         for case in similarity.chosen_cases(args)
         if similarity.bar_of(case, torch.device("cpu"))
     ]
-    assert sorted(barred) == sorted(key for key in similarity.BARS if key[2] == "cpu")
+    assert set(barred) == {key for key in similarity.BARS if key[4] == "cpu"}
     args.full = True
-    assert len(similarity.chosen_cases(args)) == 2 * 3 * 3 * 4 * 3
+    assert len(similarity.chosen_cases(args)) == 3 * 3 * 3 * 4 * 3

@@ -15,12 +15,14 @@ from lib.model.losses import AlignmentLoss
 from lib.model.precision import DTYPES, autocast_for
 from lib.model.slimming import aggregated_count, kept_count
 from tools.benchmark.lengths import draw_lengths
-from tools.benchmark.loop import LOOPS
+from tools.benchmark.loop import LOOPS, PEERS
 
 ENCODERS = {196: "ViT-224", 576: "ViT-384", 49: "Swin-224", 144: "Swin-384"}
 WITHOUT_CLS = (49, 144)  # Swin
 MODES = ("eval", "hardest", "sum")
 SPARSE_RATIO, AGGR_RATIO = 0.5, 0.4  # the defaults of the flags
+RELEASED = {"dense_owner": "caption", "detach_patches": True}  # as seps_released's flags say
+CAPTIONS_PER_IMAGE = 5
 BYTES = {"off": 4, "bf16": 2, "fp16": 2}
 
 
@@ -65,22 +67,25 @@ class Case:
     def pairs(self) -> int:
         return self.images * self.captions
 
-    def model(self) -> Method:
-        """Return the method with random weights, without encoders."""
+    def model(self, way: str = "ours") -> Method:
+        """Return the method, or where `way` is "loop" its peer, random and without encoders."""
         torch.manual_seed(self.seed)
-        model = get_method(self.method)(
+        method = self.method if way == "ours" else PEERS[self.method]
+        preset = RELEASED if method == "seps_released" else {}
+        model = get_method(method)(
             NoEncoder(self.patches),
             nn.Identity(),
             AlignmentLoss(),
             embed_size=self.embed_size,
             sparse_ratio=SPARSE_RATIO,
             aggr_ratio=AGGR_RATIO,
+            **preset,
         )
         model.set_hard_negatives(self.mode == "hardest")
         return model.train(self.mode != "eval").to(self.device)
 
     def image_tokens(self) -> Tokens:
-        """Return random patches, [CLS] where the encoder has one, and dense words for SEPS."""
+        """Return random patches, [CLS] where the encoder has one, and for SEPS dense words."""
         lengths = torch.full((self.images,), self.patches)
         images = self._tokens(lengths, seed=3 * self.seed)
         if self.patches not in WITHOUT_CLS:
@@ -91,8 +96,17 @@ class Case:
         return images
 
     def text_tokens(self) -> Tokens:
-        """Return random words of all captions."""
-        return self._tokens(torch.tensor(self.lengths), seed=3 * self.seed + 3)
+        """Return random words of all captions, and for SEPS those of their images' dense texts.
+
+        In evaluation five captions share one.
+        """
+        texts = self._tokens(torch.tensor(self.lengths), seed=3 * self.seed + 3)
+        if self.method != "laps":
+            share = CAPTIONS_PER_IMAGE if self.mode == "eval" else 1
+            rows = torch.arange(self.captions) // share
+            dense = torch.tensor(draw_lengths("dense", int(rows[-1]) + 1, self.seed))
+            texts.dense = self._tokens(dense, seed=3 * self.seed + 2, trained=False)[rows]
+        return texts
 
     @property
     def lengths(self) -> list[int]:
@@ -112,9 +126,13 @@ class Case:
 
 
 def call_of(case: Case, way: str, model: Method, images: Tokens, texts: Tokens) -> Callable:
-    """Return what is timed: `way` is "ours" or "loop"; rows of `images` match those of `texts`."""
+    """Return what is timed: `way` is "ours" or "loop"; rows of `images` match those of `texts`.
+
+    `model` is `case.model(way)`.
+    """
     autocast = autocast_for(case.amp, torch.device(case.device))
-    loop = LOOPS[case.method]
+    loop = LOOPS[PEERS[case.method]]
+    texts = read_texts(model, texts)
 
     @torch.inference_mode()
     def score() -> Tensor:
@@ -135,6 +153,11 @@ def call_of(case: Case, way: str, model: Method, images: Tokens, texts: Tokens) 
     return score if case.mode == "eval" else learn
 
 
+def read_texts(model: Method, texts: Tokens) -> Tokens:
+    """Return the captions without the dense texts that the model would not be given."""
+    return texts if model.dense_owner == "caption" else Tokens(texts.local, texts.mask)
+
+
 def forget_gradients(model: Method, images: Tokens, texts: Tokens) -> None:
     """Drop the gradients of weights and tokens, as a training step does."""
     model.zero_grad(set_to_none=True)
@@ -146,7 +169,7 @@ def forget_gradients(model: Method, images: Tokens, texts: Tokens) -> None:
 def prepare_call(case: Case, way: str, captions: int) -> tuple[Callable, Callable]:
     """Return a call on 2 x 2 pairs and the case's own on `captions` captions, with one model."""
     small = replace(case, images=2, captions=2)
-    model, texts = case.model(), fewer_captions(case.text_tokens(), captions)
+    model, texts = case.model(way), fewer_captions(case.text_tokens(), captions)
     return (
         call_of(small, way, model, small.image_tokens(), small.text_tokens()),
         call_of(case, way, model, case.image_tokens(), texts),
@@ -198,6 +221,7 @@ def pair_flops(patches: int, words: float, width: int) -> float:
 
 
 def loop_memory(case: Case) -> float:
-    """Return about how many bytes the loop's backward pass keeps: four times what is gathered."""
+    """Return about how many bytes the loop's backward pass keeps: twice what is gathered."""
     gathered = case.patches * case.embed_size * BYTES[case.amp]  # kept and dropped patches
-    return 0.0 if case.mode == "eval" else 2.0 * gathered * case.pairs
+    texts = 1 if case.method == "laps" else 2  # the released SEPS runs on the dense text too
+    return 0.0 if case.mode == "eval" else 2.0 * texts * gathered * case.pairs

@@ -22,8 +22,15 @@ from lib.methods.base import Method
 from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import SplitLoaders, split_similarity
 from lib.retrieval.similarity import TEXTS_AT_ONCE, similarity_matrix
-from tools.benchmark.cases import Case, call_of, fewer_captions, least_work
-from tools.benchmark.loop import LOOPS
+from tools.benchmark.cases import (
+    CAPTIONS_PER_IMAGE,
+    Case,
+    call_of,
+    fewer_captions,
+    least_work,
+    read_texts,
+)
+from tools.benchmark.loop import LOOPS, PEERS
 from tools.benchmark.measure import (
     add_measuring,
     amp_of,
@@ -40,7 +47,6 @@ from tools.benchmark.step import StepCase
 
 COCO = (5000, 25000)
 SAMPLE = (64, TEXTS_AT_ONCE)  # what a CPU scores of it
-CAPTIONS_PER_IMAGE = 5
 BATCH = 64  # eval.py's default
 PASSES_BAR = {"share_of_passes": 1 / CAPTIONS_PER_IMAGE}
 COCO_SECONDS = 10  # for LAPS at ViT-224 on CUDA
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     flags = "repeats", "patches", "embed_size", "images", "captions", "loop_captions", "encoded"
     check_at_least_one(args, *flags)
     rows = []
-    for method in chosen_list(args.method, "method", tuple(LOOPS)):
+    for method in chosen_list(args.method, "method", tuple(PEERS)):
         print(f"evaluation of {method}", file=sys.stderr, flush=True)
         rows += [passes_row(method, args), scoring_row(method, args)]
     return rows
@@ -81,13 +87,13 @@ def passes_row(method: str, args: argparse.Namespace) -> dict[str, Any]:
     device = torch_device(args.device)
     sizes = {"encoders": "tiny", "embed_size": 32, "device": args.device, "seed": args.seed}
     case = StepCase(method, "sum", args.encoded, **sizes)
-    model = case.model().eval()
-    images = case.inputs(dense=model.dense_owner is not None)
-    captions = replace(case, batch=args.encoded * CAPTIONS_PER_IMAGE).inputs(dense=False)
+    images, captions = split_inputs(case)
     passes, seconds = {}, {}
     for way, evaluate in (("loop", field_matrix), ("ours", our_matrix)):
+        model = case.model(way).eval()
         with counted_images(model) as count:
-            seconds[way] = seconds_of(lambda e=evaluate: e(model, images, captions), device)
+            call = lambda e=evaluate, m=model: e(m, images, captions)  # noqa: E731
+            seconds[way] = seconds_of(call, device)
         passes[way] = count[0]
     row = {
         "name": f"{method} images encoded, {args.encoded} x {CAPTIONS_PER_IMAGE} captions",
@@ -96,6 +102,18 @@ def passes_row(method: str, args: argparse.Namespace) -> dict[str, Any]:
         **{f"{way}_seconds": value for way, value in seconds.items()},
     }
     return judge(row, PASSES_BAR)
+
+
+def split_inputs(case: StepCase) -> tuple[Batch, Batch]:
+    """Return images and five captions of each, both with the images' dense texts.
+
+    A method reads them where it owns them.
+    """
+    images = case.inputs()
+    captions = replace(case, batch=case.batch * CAPTIONS_PER_IMAGE).inputs()
+    captions.dense_ids = images.dense_ids.repeat_interleave(CAPTIONS_PER_IMAGE, 0)
+    captions.dense_lengths = images.dense_lengths.repeat_interleave(CAPTIONS_PER_IMAGE)
+    return images, captions
 
 
 @contextmanager
@@ -146,18 +164,19 @@ def parts_of(count: int) -> list[slice]:
 def image_rows(batch: Batch, rows: torch.Tensor) -> Batch:
     """Return some images with the dense texts that are theirs."""
     rows = rows.to(batch.pixels.device)
-    dense = batch.dense_ids
-    return Batch(
-        pixels=batch.pixels[rows],
-        dense_ids=None if dense is None else dense[rows],
-        dense_lengths=None if dense is None else batch.dense_lengths[rows],
-    )
+    dense = batch.dense_ids[rows], batch.dense_lengths[rows]
+    return Batch(pixels=batch.pixels[rows], dense_ids=dense[0], dense_lengths=dense[1])
 
 
 def caption_rows(batch: Batch, rows: slice) -> Batch:
     """Return some captions, padded to the longest of them."""
-    lengths = batch.lengths[rows]
-    return Batch(ids=batch.ids[rows, : int(lengths.max())], lengths=lengths)
+    lengths, dense_lengths = batch.lengths[rows], batch.dense_lengths[rows]
+    return Batch(
+        ids=batch.ids[rows, : int(lengths.max())],
+        lengths=lengths,
+        dense_ids=batch.dense_ids[rows, : int(dense_lengths.max())],
+        dense_lengths=dense_lengths,
+    )
 
 
 # --- scoring -------------------------------------------------------------------------------------
@@ -214,7 +233,8 @@ def score_all(case: Case) -> Callable[[], np.ndarray]:
         for number, part in enumerate(parts_of(count)):
             size = len(range(count)[part])
             piece = replace(case, **{side: size}, seed=case.seed + number)
-            tokens = piece.image_tokens() if side == "images" else piece.text_tokens()
+            images = side == "images"
+            tokens = piece.image_tokens() if images else read_texts(model, piece.text_tokens())
             batches[side].append(tokens)
     autocast = autocast_for(case.amp, torch.device(case.device))
     return lambda: similarity_matrix(model, batches["images"], batches["captions"], autocast)
@@ -223,4 +243,4 @@ def score_all(case: Case) -> Callable[[], np.ndarray]:
 def score_block(case: Case, captions: int) -> Callable[[], torch.Tensor]:
     """Return the loop over some captions of one block of images."""
     texts = fewer_captions(case.text_tokens(), captions)
-    return call_of(case, "loop", case.model(), case.image_tokens(), texts)
+    return call_of(case, "loop", case.model("loop"), case.image_tokens(), texts)

@@ -24,7 +24,7 @@ from lib.model.precision import autocast_for
 from lib.training.optim import build_optimizer
 from tools.benchmark.cases import Case, least_work, loop_memory
 from tools.benchmark.lengths import draw_lengths
-from tools.benchmark.loop import LOOPS
+from tools.benchmark.loop import LOOPS, PEERS
 from tools.benchmark.measure import (
     add_measuring,
     amp_of,
@@ -63,11 +63,11 @@ class StepCase:
     def side(self) -> int:
         return 224 if self.encoders == "base" else 32
 
-    def model(self) -> Method:
-        """Return the untrained method with its encoders."""
+    def model(self, way: str = "ours") -> Method:
+        """Return the untrained method, or where `way` is "loop" its peer, with encoders."""
         args = model_defaults()
         vars(args).update(
-            method=self.method,
+            method=self.method if way == "ours" else PEERS[self.method],
             dataset="coco",
             seed=self.seed,
             embed_size=self.embed_size,
@@ -84,8 +84,8 @@ class StepCase:
         model.set_hard_negatives(self.mode == "hardest")
         return model.train().to(self.device)
 
-    def inputs(self, dense: bool) -> Batch:
-        """Return random pairs with lengths of real captions, and of real dense texts if asked."""
+    def inputs(self) -> Batch:
+        """Return random pairs with dense texts, lengths as of real ones."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.batch, 3, self.side, self.side)
         batch = Batch(
@@ -93,8 +93,7 @@ class StepCase:
             image_ids=torch.arange(self.batch),
         )
         batch.ids, batch.lengths = self._words("caption", generator)
-        if dense:
-            batch.dense_ids, batch.dense_lengths = self._words("dense", generator)
+        batch.dense_ids, batch.dense_lengths = self._words("dense", generator)
         return batch.to(self.device)
 
     def _words(self, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each method and batch."""
     check_at_least_one(args, "repeats", "embed_size")
     cpu = torch_device(args.device).type == "cpu"
-    methods = chosen_list(args.method, "method", tuple(LOOPS))
+    methods = chosen_list(args.method, "method", tuple(PEERS))
     batches = positive_list(args.batch or ("4" if cpu else "64,512"), "batch")
     settings = {
         "encoders": args.encoders,
@@ -146,13 +145,15 @@ def measure_step(case: StepCase, args: argparse.Namespace) -> dict[str, Any]:
     notes = ["random weights"] + ([] if len(ways) == 2 else ["the loop would not fit the memory"])
     row = {"name": f"{case.method} step {case.mode} batch {case.batch}", "unit": "steps/s"}
     try:
-        calls = {way: step_of(case, way, model) for way in ways}
+        # where both are one method, one model: two with their optimizers are 4 GB
+        peer = model if PEERS[case.method] == case.method else case.model("loop")
+        calls = {way: step_of(case, way, model if way == "ours" else peer) for way in ways}
         seconds = side_by_side(calls, args.repeats, device)
         row.update({way: 1 / seconds[way] for way in ways}, amp=case.amp)
         work = step_work(case, model, pairs)
         row.update(roofline(work, seconds["ours"], device, case.amp))
         calls.clear()
-        del model
+        del model, peer
         if args.memory:
             row.update({f"{way}_memory": whole_peak(case, way, device) for way in ways})
     except torch.cuda.OutOfMemoryError:
@@ -167,7 +168,7 @@ def measure_step(case: StepCase, args: argparse.Namespace) -> dict[str, Any]:
 def step_of(case: StepCase, way: str, model: Method) -> Callable[[], None]:
     """Return one training step, with ours or with the loop's similarity."""
     optimizer = build_optimizer(model, LEARNING_RATE)
-    batch = case.inputs(model.dense_owner is not None)
+    batch = case.inputs()
     autocast = autocast_for(case.amp, torch.device(case.device))
 
     def step() -> None:
@@ -195,7 +196,7 @@ def loop_loss(model: Method, batch: Batch) -> Tensor:
 
 def prepare_step(case: StepCase, way: str) -> tuple[Callable, Callable]:
     """Return a step of two pairs and the case's own, with one model."""
-    model = case.model()
+    model = case.model(way)
     return step_of(replace(case, batch=2), way, model), step_of(case, way, model)
 
 
