@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
 from lib.batch import Tokens
-from lib.methods.base import LapsFamily
+from lib.methods.laps_family import LapsFamily
 
 SLOPE = 0.1
 
