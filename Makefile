@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export GOMP_SPINCOUNT ?= 2000
 PIP_FLAGS ?= --disable-pip-version-check -q
 
-.PHONY: demo test test-all lint figure compare tensorboard clean
+.PHONY: demo test test-all lint lint-style figure compare tensorboard clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,11 +34,18 @@ demo: $(VENV)/.installed
 	$(BIN)/python train.py --dataset scenes --logger_name runs/demo --overwrite 1
 	$(BIN)/python eval.py --checkpoint runs/demo/model_best.pth
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+# one thread a worker: two that share cores would only wait for each other
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not gpu and not network"
+test: lint-style
+	$(TEST)
+
+test-all: lint-style
+	$(TEST) -m "not gpu and not network"
+
+lint-style: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
