@@ -31,7 +31,8 @@ from lib.methods.base import Method
 from lib.model.precision import autocast_for
 from lib.program import program, run_program
 from lib.rendezvous import peers_told
-from lib.retrieval.evaluation import file_digest, split_similarity, split_tables, write_results
+from lib.retrieval.evaluation import split_similarity, split_tables
+from lib.retrieval.result_files import file_digest, write_results
 from lib.retrieval.tables import format_table
 from vocab import checkpoint_tokenizer
 

@@ -140,6 +140,19 @@ class EvalLoader:
         _refuse(bad_paths)
         return batch
 
+    def after(self, count: int) -> EvalLoader:
+        """Return the loader of the same items but for the first `count`."""
+        old = self._loader
+        rest = _loader(
+            old.dataset,
+            old.dataset.tokenizer,
+            old.num_workers,
+            old.pin_memory,
+            batch_size=old.batch_size,
+            sampler=list(old.sampler)[count:],
+        )
+        return EvalLoader(rest)
+
     def __iter__(self) -> Iterator[Batch]:
         for batch, bad_paths in watched(self._loader):
             _refuse(bad_paths)  # here, as a worker would wrap the sentence in a traceback

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ def shard(count: int, this_rank: int | None = None, world: int | None = None) ->
     return range(count * this_rank // world, count * (this_rank + 1) // world)
 
 
-@torch.inference_mode()
 def encode_batches(
     encode: Callable[[Batch], Tokens],
     batches: Iterable[Batch],
@@ -33,11 +32,24 @@ def encode_batches(
 ) -> list[Tokens]:
     """Return the tokens of each batch of images or captions, on `device`; each is encoded once."""
     tokens = []
+    for one in encoded(encode, batches, device, autocast):
+        tokens.append(one)
+        progress(len(one))
+    return tokens
+
+
+@torch.inference_mode()
+def encoded(
+    encode: Callable[[Batch], Tokens],
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: Callable,
+) -> Iterator[Tokens]:
+    """Yield the tokens of each batch as it comes, so that the caller may hold one at a time."""
     for batch in batches:
         with autocast():
-            tokens.append(encode(batch.to(device)))
-        progress(len(tokens[-1]))
-    return tokens
+            tokens = encode(batch.to(device))
+        yield tokens
 
 
 def gather_texts(parts: list[Tokens]) -> list[Tokens]:
@@ -70,26 +82,35 @@ def _joined(parts: list[Tokens]) -> Tokens:
 @torch.inference_mode()
 def similarity_matrix(
     model: Method,
-    images: list[Tokens],
+    images: Iterable[Tokens],
     texts: list[Tokens],
     autocast: Callable,
     progress: Progress = lambda count: None,
+    done: Sequence[np.ndarray] = (),
+    keep: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """Return the similarity of all ranks' images with all captions, (N_images, N_captions) float32.
 
-    `images` are this rank's; `texts` are all captions. Every rank returns the whole matrix.
+    `images` are this rank's, in parts that are taken one by one; `texts` are all captions. `done`
+    are this rank's rows before those, already scored; `keep` is called with each new block of rows
+    and its first row. Every rank returns the whole matrix.
     """
     with autocast():
         groups = [model.bucketed(group) for group in regroup(texts, TEXTS_AT_ONCE)]
-    rows = []
+    rows = list(done)
+    count = sum(map(len, rows))
     for part in images:
         with autocast():
             prepared = model.prepare_images(part)  # once an image
             maps = (model.prepared_maps(prepared, group) for group in groups)
             columns = [one["similarity"].float().cpu() for one in maps]
-        rows.append(torch.cat(columns, dim=1))
-        progress(len(part) * rows[-1].shape[1])
-    mine = torch.cat(rows)
-    if world_size() > 1:
-        mine = gather_rows(mine.to(images[0].local.device)).cpu()
-    return mine.numpy()
+        rows.append(torch.cat(columns, dim=1).numpy())
+        if keep is not None:
+            keep(count, rows[-1])
+        count += len(rows[-1])
+        progress(rows[-1].size)
+    if world_size() == 1:
+        return np.concatenate(rows)
+    width = sum(map(len, texts))
+    mine = np.concatenate(rows) if rows else np.empty((0, width), np.float32)
+    return gather_rows(torch.from_numpy(mine).to(texts[0].device)).cpu().numpy()

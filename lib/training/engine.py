@@ -265,7 +265,7 @@ class Trainer:
         results = evaluate_split(self.model, self.validation, self.device, self.autocast)
         progress = self.progress
         progress.last_rsum, progress.validated_step = float(results["rsum"]), progress.step
-        seconds = results.pop("seconds")
+        seconds, protocol = results.pop("seconds"), results.pop("protocol")
         self.log.scalars(flatten_metrics(results, "val"), progress.step)
         self.log.scalars({"time/validation_s": seconds}, progress.step)
         best = results["rsum"] > progress.best_rsum
@@ -274,7 +274,8 @@ class Trainer:
         self.log.say(
             f"step {progress.step} (epoch {progress.epoch}) {self.validation.name}: "
             f"I2T R@1 {results['i2t']['r1']:.1f}, T2I R@1 {results['t2i']['r1']:.1f}, "
-            f"rSum {results['rsum']:.1f}{' (best)' if best else ''}"
+            f"rSum {results['rsum']:.1f}{' (oracle)' if protocol == 'oracle' else ''}"
+            f"{' (best)' if best else ''}"
         )
         if best:
             self.save(BEST, self)

@@ -26,7 +26,7 @@ from lib.retrieval.comparison import (
     report_page,
     summarize,
 )
-from lib.retrieval.evaluation import write_results
+from lib.retrieval.result_files import write_results
 from tools import compare
 
 

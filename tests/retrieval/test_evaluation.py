@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from lib.retrieval import evaluation
-from lib.retrieval.evaluation import find_table, split_tables
+from lib.retrieval.evaluation import find_table, result_names
 
 
 @pytest.mark.parametrize(
@@ -21,10 +19,10 @@ from lib.retrieval.evaluation import find_table, split_tables
         ("coco", "dev", 5000, ["coco_dev"]),
     ],
 )
-def test_results_are_named_by_data_set_and_count(monkeypatch, dataset, split, images, names):
-    monkeypatch.setattr(evaluation, "split_results", lambda matrix, rows, folds=1: {"folds": folds})
-    tables = split_tables(dataset, split, np.arange(images), np.zeros((images, 1), np.float32))
+def test_results_are_named_by_data_set_and_count(dataset, split, images, names):
+    tables = result_names(dataset, split, images)
     assert list(tables) == names
+    assert tables.get("coco_1k", 5) == 5
     results = {"f30k_dev": 1, "f30k_1k_more": 2, "f8k_x": 3, **tables}
-    assert find_table(results, dataset, split) == {"folds": 1}
+    assert find_table(results, dataset, split) == 1
     assert find_table({"f30k_dev": 1, "coco_1k": 2, "f8k_x": 3}, dataset, split) is None

@@ -1,0 +1,164 @@
+"""Result files: what made a result, the results.json of a folder, per-query ranks beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.files import read_json, write_text_whole
+from lib.retrieval.metrics import QueryRanks
+
+RESULTS = "results.json"
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """One entry of a results.json with its per-query ranks."""
+
+    folder: Path
+    name: str  # of the entry, as f30k_1k
+    facts: dict[str, Any]
+    ranks: QueryRanks
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def code_facts() -> dict[str, Any]:
+    """Return what any result says of the moment it was made: commit, versions, date (UTC)."""
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of this code, "+changes" behind it where files differ; None without git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Write results as JSON; entries of other splits that are already there stay."""
+    path = Path(path)
+    known = {**read_json(path), **results}
+    write_text_whole(path, json.dumps(known, indent=2) + "\n")
+
+
+# --- ranks -------------------------------------------------------------------------------------
+
+
+def ranks_file(name: str) -> str:
+    """Return the name of the file beside results.json with the ranks of entry `name`."""
+    return f"ranks_{name}.npz"
+
+
+def write_ranks(path: str | Path, ranks: QueryRanks) -> None:
+    """Write the rank of every query, compressed; nothing pickled."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.part.npz")
+    np.savez_compressed(
+        temporary,
+        i2t=ranks.i2t.astype(np.int32),
+        t2i=ranks.t2i.astype(np.int32),
+        caption_images=ranks.caption_images.astype(np.int32),
+        folds=np.int32(ranks.folds),
+        ties=np.int32(ranks.ties),
+    )
+    temporary.replace(path)
+
+
+def read_ranks(path: str | Path) -> QueryRanks:
+    """Return what `write_ranks` wrote. Raises InputError where the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("i2t", "t2i", "caption_images")}
+            folds, ties = int(file["folds"]), int(file["ties"])
+    except FileNotFoundError:
+        raise InputError(
+            f"no file {path} with the rank of each query: evaluate once more with eval.py, which "
+            "writes it beside results.json"
+        ) from None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path} is no whole file of ranks ({error}): evaluate anew") from None
+    return QueryRanks(*(arrays[name].astype(np.int64) for name in arrays), folds=folds, ties=ties)
+
+
+def stored_results(folder: str | Path) -> list[dict[str, StoredResult]]:
+    """Return the results of a folder by entry: of itself, or else of its folders, a seed each.
+
+    Raises InputError where there are none, or where ranks and results.json do not agree.
+    """
+    folder = Path(folder)
+    if folder.name == RESULTS:
+        folder = folder.parent
+    homes = [folder] if (folder / RESULTS).exists() else []
+    homes = homes or sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+    if not homes:
+        raise InputError(
+            f"{folder}: neither a {RESULTS} nor folders (of seeds) that hold one; eval.py writes it"
+        )
+    return [_stored(home) for home in homes]
+
+
+def _stored(folder: Path) -> dict[str, StoredResult]:
+    entries = read_json(folder / RESULTS)
+    found = {
+        name: StoredResult(folder, name, facts, read_ranks(folder / facts["ranks"]))
+        for name, facts in entries.items()
+        if isinstance(facts, dict) and "ranks" in facts
+    }
+    if not found:
+        raise InputError(
+            f"{folder / RESULTS} names no per-query ranks, as it is of an older version: evaluate "
+            "once more with eval.py"
+        )
+    for one in found.values():
+        if abs(one.ranks.metrics()["rsum"] - one.facts["rsum"]) > 1e-6:
+            raise InputError(
+                f"{folder}: the ranks of {one.name} do not give the rSum of {RESULTS}; they are of "
+                "two evaluations: evaluate anew"
+            )
+    return found
