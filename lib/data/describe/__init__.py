@@ -1,0 +1,1 @@
+"""Dense texts: what a multimodal model says of each image, written line by line."""
