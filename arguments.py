@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from lib.data.layout import image_folder
-from lib.errors import InputError
+from lib.errors import InputError, InputWarning
+from lib.files import load_object
+from lib.flags import IntegerList, Parser, check_kinds, given_flags
 from lib.methods import registry
+from lib.ranges import check_ranges
 
 # What a data set changes in the defaults, for any other nothing; a flag given always wins.
 DATASET_DEFAULTS = {
@@ -39,11 +42,6 @@ DATASET_DEFAULTS = {
 }
 
 
-def int_list(text: str) -> list[int]:
-    """Return the integers of a comma-separated list; an empty text gives none."""
-    return [int(part) for part in text.replace("[", "").replace("]", "").split(",") if part.strip()]
-
-
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -70,6 +68,17 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "kept shrunk, and their pixels differ by about 2 of 255 from those without the cache",
     )
     group.add_argument(
+        "--scenes_size",
+        action=IntegerList,
+        default=[4000, 200, 200],
+        metavar="N",
+        help="train, dev and test images of the embedded data set",
+    )
+
+
+def _add_training_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training data")
+    group.add_argument(
         "--size_augment", type=int, default=1, help="mask, replace and drop words in training"
     )
     group.add_argument(
@@ -84,19 +93,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_bad_images", type=int, default=100, help="stop after more undecodable images"
     )
-    group.add_argument(
-        "--scenes_size",
-        type=int_list,
-        default=[4000, 200, 200],
-        help="train,dev,test images of the embedded data set",
-    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--logger_name", default="runs/test", help="folder of this run")
-    group.add_argument("--gpu-id", dest="gpu_id", type=int, default=0, help="CUDA device number")
-    group.add_argument("--seed", type=int, default=0)
+    _add_gpu(group)
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     group.add_argument("--resume", default=None, metavar="FOLDER", help="go on with this run")
     group.add_argument(
         "--overwrite", type=int, default=0, help="1: start anew in a folder that holds a run"
@@ -106,10 +109,22 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save_step", type=int, default=1000, help="steps between checkpoints")
 
 
+def _add_gpu(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gpu-id", "--gpu_id", dest="gpu_id", type=int, default=0, help="CUDA device, from 0"
+    )
+
+
+def _add_amp(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision"
+    )
+
+
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", type=int, default=128, help="pairs per process")
-    group.add_argument("--num_epochs", type=int, default=30)
+    group.add_argument("--num_epochs", type=int, default=30, help="times through the pairs")
     group.add_argument("--max_violation", action="store_true", help="hardest negative throughout")
     group.add_argument(
         "--vse_mean_warmup_epochs",
@@ -123,8 +138,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="number of the epoch over which the alignment loss rises from 0 (-1: none)",
     )
-    group.add_argument("--grad_accum", type=int, default=1, help="batches per optimizer step")
-    group.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
+    group.add_argument(
+        "--grad_accum",
+        type=int,
+        default=1,
+        help="batches per optimizer step: their gradients are averaged, and negatives are taken "
+        "within each batch",
+    )
+    _add_amp(group)
     group.add_argument("--compile", type=int, default=0, help="torch.compile the backbones")
     group.add_argument(
         "--skip_nonfinite", type=int, default=0, help="tolerated non-finite steps in a row"
@@ -133,25 +154,37 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=float, default=2e-4)
-    group.add_argument("--backbone_lr_ratio", type=float, default=0.1)
-    group.add_argument("--weight_decay", type=float, default=1e-4)
+    group.add_argument("--learning_rate", type=float, default=2e-4, help="AdamW's")
+    group.add_argument(
+        "--backbone_lr_ratio", type=float, default=0.1, help="the backbones' rate to that"
+    )
+    group.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's")
     group.add_argument("--beta2", type=float, default=0.999, help="AdamW's second beta")
     group.add_argument("--grad_clip", type=float, default=2.0, help="gradient norm; 0: no limit")
-    group.add_argument("--lr_policy", default="step", choices=["step", "cosine"])
     group.add_argument(
-        "--lr_schedules", type=int_list, default=[9, 15, 20, 25], help="epochs of step decay"
+        "--lr_policy", default="step", choices=["step", "cosine"], help="how the rate falls"
+    )
+    group.add_argument(
+        "--lr_schedules",
+        action=IntegerList,
+        default=[9, 15, 20, 25],
+        metavar="EPOCH",
+        help="epochs of step decay, 9 15 20 25 or 9,15,20,25",
     )
     group.add_argument("--decay_rate", type=float, default=0.3, help="factor of step decay")
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument(
+        "--lr_warmup_steps", type=int, default=0, help="steps over which the rate rises"
+    )
 
 
 def _add_distributed(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes")
     group.add_argument("--multi_gpu", type=int, default=0, help="1: one process per GPU")
-    group.add_argument("--world_size", type=int, default=1)
-    group.add_argument("--rank", type=int, default=0)
-    group.add_argument("--local_rank", "--local-rank", type=int, default=0)
+    group.add_argument("--world_size", type=int, default=1, help="processes in all")
+    group.add_argument("--rank", type=int, default=0, help="number of this process")
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help="the same on this machine"
+    )
     group.add_argument("--dist_backend", default="nccl", help="gloo is taken where no GPU is")
     group.add_argument(
         "--dist_url",
@@ -166,26 +199,53 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--method", default=None, choices=registry.method_names(), help="default: seps"
+def _add_results(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--save_results", type=int, default=1, help="1: write results.json beside the checkpoint"
     )
 
 
-def train_parser() -> argparse.ArgumentParser:
+def _add_final_evaluation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation at the end")
+    group.add_argument(
+        "--eval", type=int, default=0, help="1: evaluate the best checkpoint on test when done"
+    )
+    _add_results(group)
+
+
+def _add_method(parser: argparse.ArgumentParser, default: str) -> None:
+    names = registry.method_names()
+    parser.add_argument(
+        "--method",
+        default=None,
+        choices=names,
+        metavar="NAME",
+        help=f"{', '.join(names)} (default: {default})",
+    )
+
+
+def train_parser() -> Parser:
     """Return the parser of train.py."""
-    parser = argparse.ArgumentParser("train.py", description="Train an image-text retrieval model.")
-    _add_method(parser)
-    for add in (_add_data, _add_run, _add_training, _add_optimizer, _add_distributed):
+    parser = Parser("train.py", description="Train an image-text retrieval model.", raises=True)
+    _add_method(parser, "seps")
+    for add in (
+        _add_data,
+        _add_training_data,
+        _add_run,
+        _add_training,
+        _add_optimizer,
+        _add_final_evaluation,
+        _add_distributed,
+        registry.add_model_arguments,
+    ):
         add(parser)
-    registry.add_model_arguments(parser)
     return parser
 
 
-def eval_parser() -> argparse.ArgumentParser:
+def eval_parser() -> Parser:
     """Return the parser of eval.py; what the model is made of comes from the checkpoint."""
-    parser = argparse.ArgumentParser("eval.py", description="Evaluate checkpoints.")
-    _add_method(parser)
+    parser = Parser("eval.py", description="Evaluate checkpoints.", raises=True)
+    _add_method(parser, "the checkpoint's; official ones need laps, seps_released or ilaps")
     _add_data(parser)
     parser.set_defaults(dataset=None, scenes_size=None)  # the checkpoint's own, where not given
     group = parser.add_argument_group("evaluation")
@@ -196,15 +256,15 @@ def eval_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--vit_path", default=None, help="folder with the image config.json")
     group.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")
-    group.add_argument("--split", default="test", choices=["test", "dev"])
+    group.add_argument("--split", default="test", choices=["test", "dev"], help="what to rank")
     group.add_argument("--batch_size", type=int, default=64, help="images or captions at once")
-    group.add_argument("--shard_size", type=int, default=None, help="as in training")
-    group.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
-    group.add_argument("--gpu-id", dest="gpu_id", type=int, default=0)
-    group.add_argument("--runs", default="runs", help="folder searched without --checkpoint")
     group.add_argument(
-        "--save_results", type=int, default=1, help="write results.json beside the checkpoint"
+        "--shard_size", type=int, default=None, help="pairs at once; default: as in training"
     )
+    _add_amp(group)
+    _add_gpu(group)
+    group.add_argument("--runs", default="runs", help="folder searched without --checkpoint")
+    _add_results(group)
     group.add_argument(
         "--save_similarity", default=None, metavar="FILE", help="also write the matrix (.npy)"
     )
@@ -228,7 +288,8 @@ def parse_train(
     if saved_arguments is None:
         parser.set_defaults(**DATASET_DEFAULTS.get(first.dataset, {}))
     else:
-        saved = _saved_flags(saved_arguments)
+        saved = load_object(saved_arguments)
+        check_kinds(parser._actions, saved, str(saved_arguments))
         parser.set_defaults(**{k: v for k, v in saved.items() if k != "resume"})
     args = parser.parse_args(argv)
     vars(args).update(fixed)
@@ -238,12 +299,15 @@ def parse_train(
     return args
 
 
-def _saved_flags(path: str | os.PathLike) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: the run's arguments can't be read ({error})") from None
+def warn_of_unread_flags(argv: Sequence[str] | None, method: str) -> None:
+    """Warn of flags on train.py's command line that only other methods read."""
+    given = given_flags(train_parser(), argv)
+    unread = registry.flags_unread(method)
+    flags = [f"--{flag}" for flag in given if flag in unread]
+    if flags:
+        verb = "is" if len(flags) == 1 else "are"
+        told = f"{', '.join(flags)} {verb} not read by --method {method}"
+        warnings.warn(told, InputWarning, stacklevel=2)
 
 
 def parse_eval(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -282,30 +346,9 @@ def image_path(args: argparse.Namespace) -> str:
     return given or own or str(image_folder(args.data_path, args.dataset))
 
 
-AT_LEAST_ONE = """batch_size num_epochs grad_accum log_step val_step save_step embed_size img_res
-shard_size tiny_width tiny_layers tiny_patch_size relevance_topk region_dim""".split()
-AT_LEAST_ZERO = """workers gpu_id max_dense_word skip_nonfinite max_bad_images weight_decay margin
-lr_warmup_steps backbone_lr_ratio ratio_weight grad_clip""".split()
-ABOVE_ZERO = ("learning_rate", "gumbel_tau", "decay_rate", "dist_timeout")
-
-
 def check_train(args: argparse.Namespace) -> None:
     """Raise InputError for flag values that can't work, before anything is loaded."""
-    _check_range(args, AT_LEAST_ONE, lambda value: value >= 1, "of at least 1")
-    _check_range(args, AT_LEAST_ZERO, lambda value: value >= 0, "of at least 0")
-    _check_range(args, ABOVE_ZERO, lambda value: value > 0, "above 0")
-    _check_range(args, ["beta2"], lambda value: 0 <= value < 1, "in [0, 1)")
-    _check_range(args, ["max_word"], lambda value: value >= 3, "of at least 3: [CLS], word, [SEP]")
+    check_ranges(vars(args))
     if len(args.scenes_size) != 3:
-        raise InputError("--scenes_size: give three numbers, train,dev,test")
+        raise InputError("--scenes_size: give three numbers, train, dev and test")
     registry.check_arguments(args)
-
-
-def _check_range(
-    args: argparse.Namespace, flags: Sequence[str], fits: Callable[[float], bool], told: str
-) -> None:
-    for flag in flags:
-        value = getattr(args, flag)
-        if not fits(value):
-            name = "gpu-id" if flag == "gpu_id" else flag
-            raise InputError(f"--{name} {value}: give a number {told}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from arguments import parse_train, process_settings
+from arguments import parse_train, process_settings, warn_of_unread_flags
 from data import (
     load_splits,
     open_image_cache,
@@ -40,8 +40,8 @@ from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError
 from lib.methods.base import Method
 from lib.methods.registry import build_model
-from lib.program import INTERRUPTED, program, run_program
-from lib.rendezvous import peers_told
+from lib.program import INTERRUPTED, program, run_program, warnings_told
+from lib.rendezvous import environment_integer, peers_told
 from lib.retrieval.pictures import first_pairs_strip
 from lib.training.engine import Settings, Trainer
 from lib.training.logs import RunLog, clear_run
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_train(argv)
     args = _arguments_of_resumed(args, argv)
+    warn_of_unread_flags(argv, args.method)
     with peers_told():
         finished = run(args)
     distributed.stop()  # after an error the other processes may still be waiting for this one
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> bool:
         clear_run(args.logger_name, (LAST, BEST))
     log = RunLog(args.logger_name, active=distributed.is_main())
     try:
-        return _run(args, device, log)
+        with warnings_told(log.say):
+            return _run(args, device, log)
     except (InputError, NonFiniteError, OSError) as error:
         log.say(f"stopped: {error}")
         raise
@@ -225,7 +227,7 @@ def _arguments_of_resumed(
     no run, or where a new run would write over an old one.
     """
     folder = Path(args.logger_name)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = (environment_integer("TORCHELASTIC_RESTART_COUNT") or 0) > 0
     if args.resume is None and restarted and (folder / LAST).exists():
         args.resume = str(folder)
     if args.resume is None:

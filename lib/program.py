@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from types import TracebackType
 
-from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
+from lib.errors import (
+    InputError,
+    InputWarning,
+    NonFiniteError,
+    PeerError,
+    WorkerError,
+    first_line,
+)
 
 Main = Callable[[Sequence[str] | None], int]
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -27,8 +37,12 @@ def program(main: Main) -> Main:
 
     @wraps(main)
     def told(argv: Sequence[str] | None = None) -> int:
+        printable_streams()
         try:
-            return main(argv)
+            with warnings_told():
+                return main(argv)
+        except SystemExit as error:  # of a parser
+            return error.code if isinstance(error.code, int) else 2
         except KeyboardInterrupt:
             print("stopped; what was written before is whole", file=sys.stderr)
             return INTERRUPTED
@@ -39,7 +53,7 @@ def program(main: Main) -> Main:
             if not is_out_of_memory(error):
                 raise
             print(
-                f"error: out of memory ({_first_line(error)}); {WAY_OUT_OF_MEMORY}", file=sys.stderr
+                f"error: out of memory ({first_line(error)}); {WAY_OUT_OF_MEMORY}", file=sys.stderr
             )
             return 1
 
@@ -68,10 +82,38 @@ def prepare_terminal() -> None:
 
     For the first line of a program: it holds while the libraries load, too.
     """
+    printable_streams()
+    sys.excepthook = _told_once
+
+
+def printable_streams() -> None:
+    """Let stdout and stderr write a character that their encoding lacks as its number."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.excepthook = _told_once
+
+
+@contextmanager
+def warnings_told(say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Within, tell each different InputWarning once, in one line; `say` takes stderr's place.
+
+    Other warnings are shown as ever. Of several processes only that of rank 0 tells them.
+    """
+    told: set[str] = set()
+    before = warnings.showwarning
+
+    def show(message, category, *place, **settings) -> None:
+        if not issubclass(category, InputWarning):
+            before(message, category, *place, **settings)
+        elif str(message) not in told and os.environ.get("RANK", "").strip() in ("", "0"):
+            told.add(str(message))
+            tell = say or (lambda text: print(text, file=sys.stderr))
+            tell(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _told_once(
@@ -87,7 +129,3 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, InputError):
         return 2
     return 3 if isinstance(error, NonFiniteError) else 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

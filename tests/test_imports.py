@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP_LEVEL = {"train", "eval", "arguments", "data", "vocab"}
-GROUND = {f"lib.{name}" for name in "errors batch distributed files program rendezvous".split()}
+TOP_LEVEL = {"train", "eval", "arguments", "data", "scoring", "vocab"}
+GROUND = {
+    f"lib.{name}"
+    for name in "errors ranges flags batch distributed files program rendezvous".split()
+}
 CONTRACT = {"lib.methods", "lib.methods.base", "lib.methods.registry"}
 SHARED_BY_METHODS = {"pairs", "flags", "laps_family", "pooled"}  # beside the contract
 WINGS = {  # what a wing may import beside the ground floor and itself
@@ -24,6 +27,8 @@ GROUND_MAY = {  # of the ground floor, who may import whom
     "lib.errors": set(),
     "lib.batch": {"lib.errors"},
     "lib.files": {"lib.errors"},
+    "lib.ranges": {"lib.errors"},
+    "lib.flags": {"lib.errors", "lib.ranges"},
     "lib.rendezvous": {"lib.errors"},
     "lib.distributed": {"lib.errors", "lib.batch", "lib.rendezvous"},
     "lib.program": {"lib.errors"},

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from arguments import int_list, parse_train
+from arguments import parse_train
 from lib.checkpoints.checkpoint import BEST, load_model, plain_arguments
 from lib.errors import InputError
 from lib.files import read_json, write_json, write_text_whole
+from lib.flags import IntegerList, Parser
 from lib.methods.registry import method_names
+from lib.program import printable_streams
 from lib.retrieval import comparison
 from lib.retrieval.comparison import FinishedRun, Row, last_line
 from lib.retrieval.evaluation import find_table
@@ -104,6 +106,7 @@ def main(
     0: all runs finished, 1: a run failed, 2: bad input, 130: a signal stopped it. `execute` runs a
     command into a log file and `count_parameters` reads a checkpoint; others may take their place.
     """
+    printable_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     try:
@@ -123,11 +126,11 @@ def main(
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this tool."""
-    parser = argparse.ArgumentParser("tools.compare", description=__doc__)
-    parser.add_argument("--dataset", default="scenes", metavar="NAME")
+    parser = Parser("tools.compare", description=__doc__)
+    parser.add_argument("--dataset", default="scenes", metavar="NAME", help="as in train.py")
     parser.add_argument("--ablations", action="store_true", help="variants of seps, ranked on dev")
     parser.add_argument("--rows", default=None, help="rows to run, e.g. seps,laps; default: all")
-    parser.add_argument("--seeds", type=int_list, default=[0, 1, 2], help="default: 0,1,2")
+    parser.add_argument("--seeds", action=IntegerList, default=[0, 1, 2], help="of each row")
     parser.add_argument("--epochs", type=int, default=None, help="--num_epochs of every run")
     parser.add_argument(
         "--train",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,33 +15,45 @@ from lib.batch import Batch
 from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.payloads import read_payload
 from lib.errors import InputError
+from lib.files import check_destination, write_bytes_whole
+from lib.flags import IntegerList, Parser
 from lib.methods.base import Method
+from lib.program import program, run_program
 from lib.retrieval.pictures import beside, kept_overlay, rgb_image, with_caption
 from vocab import checkpoint_tokenizer
 
 SIDE = 224
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the picture; return the exit code."""
-    parser = argparse.ArgumentParser("tools.draw_patches", description=__doc__)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--out", default="imgs/kept_patches.png")
-    parser.add_argument("--split", default="test", choices=["dev", "test"])
-    parser.add_argument("--images", default="0,5", help="rows of the split, a line each")
+    parser = Parser("tools.draw_patches", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="whose model chooses the patches")
+    parser.add_argument("--out", default="imgs/kept_patches.png", help="the picture, .png or .jpg")
+    parser.add_argument("--split", default="test", choices=["dev", "test"], help="of which split")
+    parser.add_argument(
+        "--images",
+        action=IntegerList,
+        default=[0, 5],
+        metavar="ROW",
+        help="rows of the split, a line each",
+    )
     parser.add_argument("--captions", type=int, default=4, help="captions shown of each image")
-    parser.add_argument("--method", default=None)
-    parser.add_argument("--vit_path", default=None)
-    parser.add_argument("--bert_path", default=None)
-    args = parser.parse_args(argv)
-    try:
-        picture = draw(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(args.out, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    print(f"written to {args.out}")
+    parser.add_argument("--method", default=None, help="of an official checkpoint")
+    parser.add_argument("--vit_path", default=None, help="folder with the image config.json")
+    parser.add_argument("--bert_path", default=None, help="folder with BERT's config")
+    return _write(parser.parse_args(argv))
+
+
+def _write(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"--out {out}: end the name in .png or .jpg")
+    check_destination(out, "--out", make_folder=True)
+    pixels = cv2.cvtColor(draw(args), cv2.COLOR_RGB2BGR)
+    write_bytes_whole(out, cv2.imencode(out.suffix, pixels)[1].tobytes())
+    print(f"written to {out}")
     return 0
 
 
@@ -55,7 +66,7 @@ def draw(args: argparse.Namespace) -> np.ndarray:
     split = read_split(trained, args.split, needs_dense=model.dense_owner is not None)
     loaders = validation_loaders(trained, split, tokenizer, model.dense_owner, pin=False)
     lines = []
-    for row in (int(one) for one in args.images.split(",")):
+    for row in args.images:
         if not 0 <= row < loaders.num_images:
             raise InputError(f"--images {row}: the split has {loaders.num_images} images, from 0")
         columns = np.flatnonzero(split.caption_image == row)[: args.captions].tolist()
@@ -89,4 +100,4 @@ def kept_for(model: Method, image: Batch, texts: Batch) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

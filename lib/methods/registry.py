@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lib.errors import InputError
+from lib.flags import check_kinds
 from lib.methods.base import Method
 from lib.methods.flags import add_common_arguments
 from lib.model.encoders import EncoderSource
+from lib.ranges import check_ranges
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -45,11 +48,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         get_method(name).add_arguments(parser.add_argument_group(f"method {name}"))
 
 
-def model_defaults() -> argparse.Namespace:
-    """Return every model flag at its default, for checkpoints older than a flag."""
+def model_parser() -> argparse.ArgumentParser:
+    """Return a parser of the model flags alone."""
     parser = argparse.ArgumentParser(add_help=False)
     add_model_arguments(parser)
-    return parser.parse_args([])
+    return parser
+
+
+def model_defaults() -> argparse.Namespace:
+    """Return every model flag at its default, for checkpoints older than a flag."""
+    return model_parser().parse_args([])
+
+
+def check_kept_arguments(values: Mapping[str, Any], source: str) -> None:
+    """Raise InputError where a model flag kept in the file `source` is not what the flag takes."""
+    check_kinds(model_parser()._actions, values, source)
+
+
+def flags_unread(name: str) -> set[str]:
+    """Return the flags that other methods read and `name` does not."""
+    everything = {flag for one in method_names() for flag in _flags_of(one)}
+    return everything - _flags_of(name)
+
+
+def _flags_of(name: str) -> set[str]:
+    """Return the flags that not every method reads, and this one does."""
+    method, parser = get_method(name), argparse.ArgumentParser(add_help=False)
+    method.add_arguments(parser.add_argument_group())
+    return {action.dest for action in parser._actions} | set(getattr(method, "also_reads", ()))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -57,6 +83,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
     Called before anything is loaded.
     """
+    check_ranges(vars(args))
     method = get_method(args.method)
     if args.precomp and not method.accepts_regions:
         able = [name for name in method_names() if get_method(name).accepts_regions]
@@ -64,8 +91,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--method {args.method} takes no precomputed regions: leave out --precomp, or "
             f"take one of {', '.join(able)}"
         )
-    if args.precomp and args.region_dim < 1:
-        raise InputError(f"--region_dim {args.region_dim}: give a whole number of at least 1")
     method.check_arguments(args)
 
 

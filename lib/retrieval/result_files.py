@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -15,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
-from lib.files import read_json, write_text_whole
+from lib.errors import InputError, InputWarning
+from lib.files import load_object, read_json, write_text_whole
 from lib.retrieval.metrics import QueryRanks
 
 RESULTS = "results.json"
@@ -81,10 +83,31 @@ def _versions() -> dict[str, str]:
 
 
 def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
-    """Write results as JSON; entries of other splits that are already there stay."""
+    """Write results as JSON; entries of other splits that are already there stay.
+
+    A file there that is damaged is kept under another name, and warned of.
+    """
+    path, known = Path(path), {}
+    if path.exists():
+        try:
+            known = load_object(path)
+        except InputError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            os.replace(path, aside)
+            warnings.warn(f"{error}; kept as {aside}", InputWarning, stacklevel=2)
+    write_text_whole(path, json.dumps({**known, **results}, indent=2) + "\n")
+
+
+def save_matrix(path: str | Path, matrix: np.ndarray) -> None:
+    """Write a matrix as a .npy file under exactly that name, whole or not at all."""
     path = Path(path)
-    known = {**read_json(path), **results}
-    write_text_whole(path, json.dumps(known, indent=2) + "\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, matrix)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- ranks -------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ class RunLog:
         sys.stdout.flush()
         if self.folder is not None:
             stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-            with open(self.folder / "train.log", "a", encoding="utf-8") as file:
+            path = self.folder / "train.log"
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{stamp} {text}\n")
 
     def arguments(self, args: argparse.Namespace) -> None:
@@ -55,13 +56,15 @@ class RunLog:
             return
         plain = plain_arguments(args)
         lines = [f"{key}: {value}" for key, value in sorted(plain.items())]
-        (self.folder / "Parameters.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text_whole(self.folder / "Parameters.txt", "\n".join(lines) + "\n")
         write_text_whole(
             self.folder / "args.json", json.dumps(plain, indent=2, sort_keys=True) + "\n"
         )
         table = "| flag | value |\n|---|---|\n"
         table += "\n".join(f"| {key} | {value} |" for key, value in sorted(plain.items()))
         if self.writer is not None:
+            # protocol buffers take no lone surrogates, which undecodable paths hold
+            table = table.encode("utf-8", "backslashreplace").decode("utf-8")
             self.writer.add_text("arguments", table, 0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:

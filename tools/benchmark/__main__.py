@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.errors import InputError
-from lib.files import write_json
+from lib.files import check_destination, write_json
+from lib.flags import Parser
+from lib.program import program, run_program
 from tools.benchmark import evaluate, input, lengths, report, similarity, step
 from tools.benchmark.measure import torch_device
 
@@ -26,17 +27,18 @@ COMMANDS = {
 }
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON file; return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(argv)
-    try:
-        device = torch_device(args.device)
-        check_writable(args.json)
-        rows = COMMANDS[args.command].run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _measure(build_parser().parse_args(argv), argv)
+
+
+def _measure(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = torch_device(args.device)
+    if args.json:
+        check_destination(args.json, "--json")
+    rows = COMMANDS[args.command].run(args)
     found = {
         **report.circumstances(device),
         "command": f"python -m tools.benchmark {shlex.join(argv)}",
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser, a subcommand for each module."""
-    parser = argparse.ArgumentParser("tools.benchmark", description=__doc__)
+    parser = Parser("tools.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         told = module.__doc__.strip().splitlines()[0]
@@ -62,11 +64,5 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_writable(path: str | None) -> None:
-    """Raise InputError where the JSON file could not be written, before anything is measured."""
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise InputError(f"--json {path}: give a file in a folder that exists")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

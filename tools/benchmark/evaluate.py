@@ -54,7 +54,7 @@ COCO_SECONDS = 10  # for LAPS at ViT-224 on CUDA
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the evaluation and of the measuring."""
-    parser.add_argument("--method", default="laps,seps")
+    parser.add_argument("--method", default="laps,seps", help="one or both")
     parser.add_argument("--patches", type=int, default=196, help="of the scored images")
     parser.add_argument("--embed_size", type=int, default=512, help="width C of the joint space")
     whole, part = (" x ".join(f"{one:,}" for one in size) for size in (COCO, SAMPLE))
