@@ -22,6 +22,7 @@ DATASET_DEFAULTS = {
         "bert_path": "tiny",
         "img_res": 96,
         "embed_size": 64,
+        "sim_dim": 64,
         "batch_size": 64,
         "num_epochs": 5,
         "learning_rate": 2e-3,

@@ -47,7 +47,13 @@ from lib.training.engine import Settings, Trainer
 from lib.training.logs import RunLog, clear_run
 from lib.training.optim import build_optimizer, schedule
 from lib.training.setup import compile_backbones, recompute_backbones, set_seed
-from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
+from vocab import (
+    CaptionTokenizer,
+    WordTokenizer,
+    learn_vocabulary,
+    learn_words,
+    load_tokenizer,
+)
 
 
 @program
@@ -87,7 +93,7 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     cache = open_image_cache(args)
     prepare_scenes(args)
     training, validation = load_splits(args, log)
-    tokenizer = training_tokenizer(args, training)
+    tokenizer = training_tokenizer(args, training, validation)
     state = _saved_state(args)
     model = _model(args, tokenizer, state, device)
     trainer = build_trainer(args, model, tokenizer, (training, validation), device, log, cache)
@@ -110,14 +116,24 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     return finished
 
 
-def training_tokenizer(args: argparse.Namespace, training: Split) -> WordTokenizer:
-    """Return the tokenizer of --bert_path; for tiny, a vocabulary learnt from training texts."""
-    if args.bert_path != "tiny":
+def training_tokenizer(
+    args: argparse.Namespace, training: Split, validation: Split | None = None
+) -> WordTokenizer:
+    """Return the tokenizer of --bert_path; for tiny and a GRU, a vocabulary learnt from texts.
+
+    A GRU's words are those of the training captions and, as in SCAN, of dev's where dev chooses.
+    """
+    gru = args.text_encoder == "gru"
+    if args.bert_path != "tiny" and not gru:
         return load_tokenizer(args.bert_path)
     saved = Path(args.logger_name) / "vocab.txt"
     if args.resume and saved.exists():
         return load_tokenizer("tiny", vocab_file=saved)
-    return WordTokenizer(learn_vocabulary([*training.captions, *(training.dense or [])]))
+    texts = [*training.captions, *(training.dense or [])]
+    if not gru:
+        return WordTokenizer(learn_vocabulary(texts))
+    dev = validation.captions if validation is not None and validation.name == "dev" else []
+    return CaptionTokenizer(learn_words([*texts, *dev]))
 
 
 def _model(

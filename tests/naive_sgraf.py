@@ -27,9 +27,7 @@ def image_globals(module, images: list[Tensor]) -> list[Tensor]:
     mean = overall.mean(0) if training else norm.running_mean
     variance = overall.var(0, correction=0) if training else norm.running_var
     g = (overall - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
-    return [
-        _attended(module, image, a[i].tanh(), g[i].tanh()) for i, image in enumerate(images)
-    ]
+    return [_attended(module, image, a[i].tanh(), g[i].tanh()) for i, image in enumerate(images)]
 
 
 def text_global(module, words: Tensor) -> Tensor:

@@ -119,5 +119,6 @@ def build_model(
         image_config=image_config,
         text_config=text_config,
         region_dim=args.region_dim if args.precomp else None,
+        gru=(args.word_dim, args.gru_dropout) if args.text_encoder == "gru" else None,
     )
     return get_method(args.method).from_args(args, source)

@@ -17,6 +17,7 @@ from lib.model.backbones import (
     tiny_image_config,
     tiny_text_config,
 )
+from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
 from lib.model.preprocessing import Preprocessing, choose_preprocessing
 
@@ -224,7 +225,8 @@ class EncoderSource:
 
     `image_config`/`text_config` are config dictionaries of a checkpoint: with them nothing is
     looked up, and the weights stay random until the checkpoint's are loaded. `region_dim` says that
-    images come as precomputed regions of so many channels.
+    images come as precomputed regions of so many channels; `gru`, its (word_dim, dropout), that a
+    GRU reads the captions.
     """
 
     vit_type: str
@@ -240,6 +242,7 @@ class EncoderSource:
     text_config: dict | None = None
     region_dim: int | None = None
     image_norm: str | None = None
+    gru: tuple[int, float] | None = None
 
     def image(self) -> ImageEncoder | RegionEncoder:
         """Return a new image encoder. Raises InputError as `load_backbone` does."""
@@ -250,8 +253,10 @@ class EncoderSource:
             self.vit_type, self.embed_size, self.img_res, self.image_config, tiny, self.image_norm
         )
 
-    def text(self) -> TextEncoder:
+    def text(self) -> TextEncoder | GRUTextEncoder:
         """Return a new text encoder. Raises InputError as `load_backbone` does."""
+        if self.gru is not None:
+            return GRUTextEncoder(self.vocab_size, self.embed_size, *self.gru)
         return build_text_encoder(
             self.bert_path,
             self.embed_size,

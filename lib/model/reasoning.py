@@ -167,7 +167,7 @@ class GraphStep(nn.Module):
     """One step over the full graph: queries (…, Q, S), nodes (…, N, S) -> (…, Q, S).
 
     ReLU(W_s · softmax over nodes((W_q queries)(W_k nodes)ᵀ) · nodes). NOTE: W_k has no bias, which
-    the softmax would cancel.
+    the softmax would cancel; it goes to the queries' side with W_q, as one map.
     """
 
     def __init__(self, sim_dim: int) -> None:
@@ -177,7 +177,9 @@ class GraphStep(nn.Module):
         self.out = linear(sim_dim, sim_dim)
 
     def forward(self, queries: Tensor, nodes: Tensor, mask: Tensor) -> Tensor:
-        edges = self.query(queries) @ self.key(nodes).transpose(-1, -2)  # (…, Q, N)
+        both = self.query.weight.T @ self.key.weight  # (S, S)
+        turned = queries @ both + self.query.bias @ self.key.weight
+        edges = turned @ nodes.transpose(-1, -2)  # (…, Q, N)
         edges = edges.masked_fill(~mask[..., None, :], -math.inf).softmax(-1)
         return self.out(edges @ nodes).relu()
 
