@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,8 +74,11 @@ class Batch:
 class Rows:
     """Base of dataclasses whose fields are tensors with a row an item, other Rows, or None.
 
-    An index takes the same rows of every field. The first field is never None.
+    An index takes the same rows of every field. The first field is never None. `recomputed` names
+    fields that follow from the others, and that may be None in what is kept for later.
     """
+
+    recomputed: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
