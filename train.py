@@ -21,6 +21,7 @@ import torch
 from arguments import parse_train, process_settings, warn_of_unread_flags
 from data import (
     load_splits,
+    open_features,
     open_image_cache,
     prepare_scenes,
     training_loader,
@@ -35,11 +36,13 @@ from lib.checkpoints.checkpoint import (
     model_payload,
     save_payload,
 )
+from lib.data.features import FeatureCache
 from lib.data.image_cache import ImageCache
 from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError
 from lib.methods.base import Method
 from lib.methods.registry import build_model
+from lib.model.encoders import image_filter
 from lib.program import INTERRUPTED, program, run_program, warnings_told
 from lib.rendezvous import environment_integer, peers_told
 from lib.retrieval.pictures import first_pairs_strip
@@ -96,7 +99,10 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     tokenizer = training_tokenizer(args, training, validation)
     state = _saved_state(args)
     model = _model(args, tokenizer, state, device)
-    trainer = build_trainer(args, model, tokenizer, (training, validation), device, log, cache)
+    read = [(training, bool(args.image_augment)), (validation, False)]
+    features = open_features(args, model.image_encoder, read, device, log.say)
+    splits = training, validation
+    trainer = build_trainer(args, model, tokenizer, splits, device, log, cache, features)
     if distributed.world_size() > 1:
         set_seed(args.seed + distributed.rank())  # dropout and Gumbel noise differ between ranks
     if state is not None:
@@ -142,6 +148,7 @@ def _model(
     """Return the model on its device, with the weights of the run that goes on."""
     set_seed(args.seed)
     model = build_model(args, tokenizer.vocab_size).to(device)
+    args.image_filter = image_filter(model.image_encoder)  # the loaders, and evaluation, ask for it
     if args.gradient_checkpointing:
         recompute_backbones(model)
     if state is not None:
@@ -157,18 +164,21 @@ def build_trainer(
     device: torch.device,
     log: RunLog,
     cache: ImageCache | None = None,
+    features: FeatureCache | None = None,
 ) -> Trainer:
     """Return the trainer on `splits` (training, validation), as the flags say."""
     training, validation = splits
     reading = (tokenizer, model.dense_owner, device.type == "cuda", cache)
-    batches = training_loader(args, training, *reading)
-    loaders = validation_loaders(args, validation, *reading)
+    batches = training_loader(args, training, *reading, features)
+    loaders = pictured = validation_loaders(args, validation, *reading, features)
+    if features is not None:  # hidden states are no pictures
+        pictured = validation_loaders(args, validation, *reading)
     optimizer = build_optimizer(
         model, args.learning_rate, args.backbone_lr_ratio, args.weight_decay, args.beta2
     )
     if args.compile:
         compile_backbones(model)
-    pictured = model.uses_pixels and not args.precomp  # regions are no picture
+    drawn = model.uses_pixels and not args.precomp  # regions are no picture
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -189,7 +199,7 @@ def build_trainer(
         device=device,
         log=log,
         save=_saver(args, tokenizer, device),
-        picture=first_pairs_strip(loaders, validation.captions, device) if pictured else None,
+        picture=first_pairs_strip(pictured, validation.captions, device) if drawn else None,
     )
 
 

@@ -36,7 +36,8 @@ class Batch:
     At evaluation a batch holds images only or captions only, and the other fields are None.
     """
 
-    pixels: Tensor | None = None  # (B, 3, R, R) uint8, or (B, N, F) float32 precomputed regions
+    # (B, 3, H, W) uint8, (B, N, F) float32 precomputed regions, or (B, T, F) float16 hidden states
+    pixels: Tensor | None = None
     pixel_lengths: Tensor | None = None  # (B,) valid regions per image; None for pixels
     ids: Tensor | None = None  # (B, M) word ids, padded with [PAD]
     lengths: Tensor | None = None  # (B,) words per caption, [CLS] and [SEP] included

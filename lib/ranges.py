@@ -54,7 +54,7 @@ RANGES = _table(
     ),
     zeros=(
         Range(0, MOST),
-        "workers gpu_id skip_nonfinite max_bad_images lr_warmup_steps max_dense_word"
+        "workers gpu_id feature_views skip_nonfinite max_bad_images lr_warmup_steps max_dense_word"
         " vse_mean_warmup_epochs warmup rank local_rank",
     ),
     reals_from_zero=(
