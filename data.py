@@ -15,7 +15,7 @@ from arguments import image_path
 from lib import distributed
 from lib.data.features import FeatureCache, Key, fill, wanted_views
 from lib.data.image_cache import ImageCache
-from lib.data.layout import dense_file
+from lib.data.layout import dense_file, describe_command
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
 from lib.data.scenes.generate import generate_scenes
 from lib.data.sources import EvalCaptions, EvalImages, TrainSet
@@ -83,7 +83,7 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
 def _describe_hint(args: argparse.Namespace, missing: str | None) -> str:
     if missing is None or not missing.endswith(".jsonl"):
         return ""
-    return f" (python -m tools.describe --dataset {args.dataset} --split dev writes it)"
+    return f" ({describe_command(args.data_path, args.dataset, 'dev')} writes it)"
 
 
 def read_split(args: argparse.Namespace, name: str, needs_dense: bool) -> Split:
