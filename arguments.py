@@ -22,7 +22,6 @@ DATASET_DEFAULTS = {
         "bert_path": "tiny",
         "img_res": 96,
         "embed_size": 64,
-        "sim_dim": 64,
         "batch_size": 64,
         "num_epochs": 5,
         "learning_rate": 2e-3,
@@ -36,7 +35,6 @@ DATASET_DEFAULTS = {
         "size_augment": 0,
         "image_augment": 0,
         "workers": 2,
-        "log_step": 20,
         "val_step": 1000000,
         "logger_name": "runs/scenes",
     },
@@ -69,12 +67,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "kept shrunk, and their pixels differ by about 2 of 255 from those without the cache",
     )
     group.add_argument(
-        "--feature_cache",
-        default=None,
-        metavar="DIR",
-        help="keep there what a frozen image encoder (--freeze image) says of each image",
-    )
-    group.add_argument(
         "--scenes_size",
         action=IntegerList,
         default=[4000, 200, 200],
@@ -85,13 +77,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training data")
-    group.add_argument(
-        "--feature_views",
-        type=int,
-        default=0,
-        help="cropped and flipped views of a training image that --feature_cache keeps; 0: the "
-        "plain image alone",
-    )
     group.add_argument(
         "--size_augment", type=int, default=1, help="mask, replace and drop words in training"
     )
@@ -118,7 +103,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--overwrite", type=int, default=0, help="1: start anew in a folder that holds a run"
     )
-    group.add_argument("--log_step", type=int, default=200, help="steps between log entries")
+    group.add_argument(
+        "--log_step",
+        type=int,
+        default=0,
+        help="steps between log entries; 0: a run has about 100, or one in 200 steps",
+    )
     group.add_argument("--val_step", type=int, default=500, help="steps between validations")
     group.add_argument("--save_step", type=int, default=1000, help="steps between checkpoints")
 
@@ -322,6 +312,13 @@ def warn_of_unread_flags(argv: Sequence[str] | None, method: str) -> None:
         verb = "is" if len(flags) == 1 else "are"
         told = f"{', '.join(flags)} {verb} not read by --method {method}"
         warnings.warn(told, InputWarning, stacklevel=2)
+
+
+def given_folder(argv: Sequence[str] | None = None) -> str | None:
+    """Return train.py's --logger_name where the command line has one, None where it does not."""
+    parser = train_parser()
+    parser.set_defaults(logger_name=None)
+    return parser.parse_known_args(argv)[0].logger_name
 
 
 def parse_eval(argv: Sequence[str] | None = None) -> argparse.Namespace:

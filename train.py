@@ -13,15 +13,15 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from arguments import parse_train, process_settings, warn_of_unread_flags
+from arguments import given_folder, parse_train, process_settings, warn_of_unread_flags
 from data import (
     load_splits,
-    open_features,
     open_image_cache,
     prepare_scenes,
     training_loader,
@@ -34,29 +34,23 @@ from lib.checkpoints.checkpoint import (
     load_training_state,
     load_weights,
     model_payload,
-    save_payload,
 )
-from lib.data.features import FeatureCache
+from lib.data.fingerprint import fingerprint_differences, split_fingerprint
 from lib.data.image_cache import ImageCache
 from lib.data.splits import Split
-from lib.errors import InputError, NonFiniteError
+from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
 from lib.methods.base import Method
 from lib.methods.registry import build_model
-from lib.model.encoders import image_filter
 from lib.program import INTERRUPTED, program, run_program, warnings_told
 from lib.rendezvous import environment_integer, peers_told
 from lib.retrieval.pictures import first_pairs_strip
 from lib.training.engine import Settings, Trainer
-from lib.training.logs import RunLog, clear_run
+from lib.training.folder import check_folder, check_same_folder, check_same_run, claimed, clear_run
+from lib.training.logs import RunLog
 from lib.training.optim import build_optimizer, schedule
+from lib.training.saving import CheckpointWriter
 from lib.training.setup import compile_backbones, recompute_backbones, set_seed
-from vocab import (
-    CaptionTokenizer,
-    WordTokenizer,
-    learn_vocabulary,
-    learn_words,
-    load_tokenizer,
-)
+from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
 
 
 @program
@@ -78,40 +72,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> bool:
     """Train from parsed arguments; return False where a signal stopped it early."""
     device = distributed.start_processes(**process_settings(args))
-    if args.overwrite and args.resume is None:
-        clear_run(args.logger_name, (LAST, BEST))
-    log = RunLog(args.logger_name, active=distributed.is_main())
-    try:
-        with warnings_told(log.say):
-            return _run(args, device, log)
-    except (InputError, NonFiniteError, OSError) as error:
-        log.say(f"stopped: {error}")
-        raise
-    finally:
-        log.close()
+    with claimed(args.logger_name):
+        distributed.on_main(lambda: _check_folder(args))  # again, now that nobody else can
+        log = RunLog(args.logger_name, active=distributed.is_main())
+        try:
+            with warnings_told(log.say):
+                return _run(args, device, log)
+        except (InputError, NonFiniteError, WorkerError, PeerError, OSError) as error:
+            log.say(f"stopped: {error}", only_in_file=True)
+            raise
+        finally:
+            log.close()
 
 
 def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     log.say(f"{args.method} on {args.dataset}, {distributed.device_name(device)}")
-    cache = open_image_cache(args)
     prepare_scenes(args)
-    training, validation = load_splits(args, log)
-    tokenizer = training_tokenizer(args, training, validation)
-    state = _saved_state(args)
-    model = _model(args, tokenizer, state, device)
-    read = [(training, bool(args.image_augment)), (validation, False)]
-    features = open_features(args, model.image_encoder, read, device, log.say)
-    splits = training, validation
-    trainer = build_trainer(args, model, tokenizer, splits, device, log, cache, features)
+    with distributed.together():
+        cache = open_image_cache(args)
+        training, validation = load_splits(args, log)
+        tokenizer = training_tokenizer(args, training)
+        data = split_fingerprint(training)
+        state = _saved_state(args, data)
+        model = _model(args, tokenizer, state, device)
+    trainer = build_trainer(args, model, tokenizer, (training, validation), device, log, cache)
+    trainer.describe = lambda: _payload(args, tokenizer, trainer, data)
     if distributed.world_size() > 1:
         set_seed(args.seed + distributed.rank())  # dropout and Gumbel noise differ between ranks
     if state is not None:
         trainer.load_training_state(state["training"])
-        log.say(f"going on at step {trainer.progress.step}, epoch {trainer.progress.epoch}")
+        epoch = min(trainer.progress.epoch + 1, args.num_epochs)
+        log.say(f"going on at step {trainer.progress.step}, epoch {epoch}/{args.num_epochs}")
+    if args.overwrite and args.resume is None:
+        clear_run(args.logger_name)  # only now, as what can fail before a run begins is done
     log.open_curves(trainer.progress.step)
     log.arguments(args)
-    if distributed.is_main():
-        tokenizer.save(args.logger_name)
+    distributed.on_main(lambda: tokenizer.save(args.logger_name))
     parameters = sum(p.numel() for p in model.parameters())
     log.say(f"{parameters:,} parameters, {trainer.batches_per_epoch} steps an epoch")
     finished = trainer.fit()
@@ -122,24 +118,14 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     return finished
 
 
-def training_tokenizer(
-    args: argparse.Namespace, training: Split, validation: Split | None = None
-) -> WordTokenizer:
-    """Return the tokenizer of --bert_path; for tiny and a GRU, a vocabulary learnt from texts.
-
-    A GRU's words are those of the training captions and, as in SCAN, of dev's where dev chooses.
-    """
-    gru = args.text_encoder == "gru"
-    if args.bert_path != "tiny" and not gru:
+def training_tokenizer(args: argparse.Namespace, training: Split) -> WordTokenizer:
+    """Return the tokenizer of --bert_path; for tiny, a vocabulary learnt from training texts."""
+    if args.bert_path != "tiny":
         return load_tokenizer(args.bert_path)
     saved = Path(args.logger_name) / "vocab.txt"
     if args.resume and saved.exists():
         return load_tokenizer("tiny", vocab_file=saved)
-    texts = [*training.captions, *(training.dense or [])]
-    if not gru:
-        return WordTokenizer(learn_vocabulary(texts))
-    dev = validation.captions if validation is not None and validation.name == "dev" else []
-    return CaptionTokenizer(learn_words([*texts, *dev]))
+    return WordTokenizer(learn_vocabulary([*training.captions, *(training.dense or [])]))
 
 
 def _model(
@@ -148,7 +134,6 @@ def _model(
     """Return the model on its device, with the weights of the run that goes on."""
     set_seed(args.seed)
     model = build_model(args, tokenizer.vocab_size).to(device)
-    args.image_filter = image_filter(model.image_encoder)  # the loaders, and evaluation, ask for it
     if args.gradient_checkpointing:
         recompute_backbones(model)
     if state is not None:
@@ -164,27 +149,26 @@ def build_trainer(
     device: torch.device,
     log: RunLog,
     cache: ImageCache | None = None,
-    features: FeatureCache | None = None,
 ) -> Trainer:
     """Return the trainer on `splits` (training, validation), as the flags say."""
     training, validation = splits
     reading = (tokenizer, model.dense_owner, device.type == "cuda", cache)
-    batches = training_loader(args, training, *reading, features)
-    loaders = pictured = validation_loaders(args, validation, *reading, features)
-    if features is not None:  # hidden states are no pictures
-        pictured = validation_loaders(args, validation, *reading)
+    batches = training_loader(args, training, *reading)
+    loaders = validation_loaders(args, validation, *reading)
     optimizer = build_optimizer(
         model, args.learning_rate, args.backbone_lr_ratio, args.weight_decay, args.beta2
     )
-    if args.compile:
-        compile_backbones(model)
-    drawn = model.uses_pixels and not args.precomp  # regions are no picture
+    fault = compile_backbones(model, device) if args.compile else None
+    if fault is not None:
+        log.say(f"warning: --compile 1: this machine can't compile ({fault}); going on without")
+    steps = -(-len(batches) // args.grad_accum)  # of an epoch: its rest is a step too
+    pictured = model.uses_pixels and not args.precomp  # regions are no picture
     return Trainer(
         model=model,
         optimizer=optimizer,
         schedule=schedule(
             args.lr_policy,
-            -(-len(batches) // args.grad_accum),  # the rest of an epoch is a step too
+            steps,
             args.num_epochs,
             args.lr_schedules,
             args.decay_rate,
@@ -195,38 +179,19 @@ def build_trainer(
         pairs_per_batch=args.batch_size * distributed.world_size(),
         image_names=training.image_ids,
         validation=loaders,
-        settings=Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__}),
+        settings=Settings.from_args(args, steps * args.num_epochs),
         device=device,
         log=log,
-        save=_saver(args, tokenizer, device),
-        picture=first_pairs_strip(pictured, validation.captions, device) if drawn else None,
+        writer=CheckpointWriter(args.logger_name),
+        picture=first_pairs_strip(loaders, validation.captions, device) if pictured else None,
     )
 
 
-def _saver(
-    args: argparse.Namespace, tokenizer: WordTokenizer, device: torch.device
-) -> Callable[[str, Trainer], None]:
-    """Return what writes a checkpoint into the run folder; every rank calls it."""
-
-    def save(name: str, trainer: Trainer) -> None:
-        payload = _payload(args, tokenizer, trainer, name)  # collective: every rank's random state
-        error = None
-        if distributed.is_main():
-            try:
-                save_payload(Path(args.logger_name) / name, payload)
-            except OSError as caught:
-                error = caught
-        if not distributed.all_true(error is None, device):
-            raise error or OSError("the process of rank 0 could not write the checkpoint")
-
-    return save
-
-
 def _payload(
-    args: argparse.Namespace, tokenizer: WordTokenizer, trainer: Trainer, name: str
-) -> dict:
+    args: argparse.Namespace, tokenizer: WordTokenizer, trainer: Trainer, data: dict[str, Any]
+) -> dict[str, Any]:
     progress = trainer.progress
-    payload = model_payload(
+    return model_payload(
         trainer.model,
         args,
         tokenizer.tokens,
@@ -235,10 +200,8 @@ def _payload(
         best_rsum=progress.best_rsum,
         val_split=args.val_split,
         hard_negatives=trainer.model.criterion.hard_negatives,
+        data=data,
     )
-    if name == LAST:
-        payload["training"] = trainer.training_state()
-    return payload
 
 
 # --- going on with a run -----------------------------------------------------------------------
@@ -252,32 +215,34 @@ def _arguments_of_resumed(
     torchrun's restart of failed workers goes on by itself. Raises InputError where the folder holds
     no run, or where a new run would write over an old one.
     """
-    folder = Path(args.logger_name)
     restarted = (environment_integer("TORCHELASTIC_RESTART_COUNT") or 0) > 0
-    if args.resume is None and restarted and (folder / LAST).exists():
-        args.resume = str(folder)
+    if args.resume is None and restarted and (Path(args.logger_name) / LAST).exists():
+        args.resume = args.logger_name
+    elif args.resume is not None:
+        check_same_folder(args.resume, given_folder(argv))
+    _check_folder(args)
     if args.resume is None:
-        if any((folder / name).exists() for name in (LAST, BEST)) and not args.overwrite:
-            raise InputError(
-                f"{folder} already holds a run: go on with --resume {folder}, choose another "
-                "--logger_name, or start anew with --overwrite 1"
-            )
         return args
     saved = Path(args.resume) / "args.json"
-    if not saved.exists():
-        raise InputError(f"--resume {args.resume}: no args.json there, so no run to go on with")
     return parse_train(
         argv, saved_arguments=saved, logger_name=args.resume, resume=args.resume, overwrite=0
     )
 
 
-def _saved_state(args: argparse.Namespace) -> dict | None:
-    """Return the checkpoint to go on from; None starts at the beginning."""
-    if args.resume is None or not (Path(args.resume) / LAST).exists():
+def _check_folder(args: argparse.Namespace) -> None:
+    check_folder(args.resume or args.logger_name, args.resume is not None, bool(args.overwrite))
+
+
+def _saved_state(args: argparse.Namespace, data: dict[str, Any]) -> dict | None:
+    """Return the checkpoint to go on from; None starts at the beginning.
+
+    Raises InputError where it is of another method, seed or data set than this call's.
+    """
+    if args.resume is None:
         return None
     state = load_training_state(Path(args.resume) / LAST)
-    if state["method"] != args.method:
-        raise InputError(f"--resume {args.resume} holds a {state['method']} run, not {args.method}")
+    differing = fingerprint_differences(state.get("data", data), data)
+    check_same_run(args.resume, state, args.method, args.seed, differing)
     return state
 
 

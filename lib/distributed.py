@@ -7,7 +7,8 @@ ranks, as DistributedDataParallel does, then gives the gradient of one process o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lib.batch import Tokens
-from lib.errors import InputError
+from lib.errors import InputError, WorkerError
 from lib.rendezvous import environment_integer, find_place, meet, peers_told
 
 PATIENCE_SECONDS = 600.0  # how long processes wait for each other
@@ -200,6 +201,20 @@ def agree(error: Exception | None) -> None:
     for first in errors:
         if first is not None:
             raise first
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let what goes wrong in the block on any rank be raised on every rank, at its end.
+
+    Not for a block in which ranks wait for each other.
+    """
+    error = None
+    try:
+        yield
+    except (InputError, WorkerError, OSError) as caught:
+        error = caught
+    agree(error)
 
 
 def on_main(work: Callable[[], Value]) -> Value | None:

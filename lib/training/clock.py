@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 
 class Clock:
@@ -16,23 +16,14 @@ class Clock:
         self.started = time.perf_counter()
         self.waited, self.pairs, self.steps = 0.0, 0, 0
 
-    def waiting(self, batches: Iterator, stopped: Callable[[], bool]) -> Iterator:
-        """Yield from `batches`, counting the time that each one takes to come.
-
-        A signal that is sent to every process ends the loader's workers too: once `stopped()`,
-        their end is the end of the batches and no error.
-        """
-        iterator = iter(batches)
+    def waiting(self, batches: Iterator) -> Iterator:
+        """Yield from `batches`, counting the time that each one takes to come."""
         while True:
             before = time.perf_counter()
             try:
-                item = next(iterator)
+                item = next(batches)
             except StopIteration:
                 return
-            except RuntimeError:
-                if stopped():
-                    return
-                raise
             self.waited += time.perf_counter() - before
             yield item
 

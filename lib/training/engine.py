@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import math
-import signal
+import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib.batch import Batch
 from lib.checkpoints.checkpoint import BEST, LAST
-from lib.distributed import (
-    all_true,
-    barrier,
-    gather_values,
-    is_main,
-    rank,
-    sum_over_ranks,
-    world_size,
-)
-from lib.errors import InputError, NonFiniteError
+from lib.distributed import agree, barrier, gather_values, is_main, sum_over_ranks, world_size
+from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
 from lib.methods.base import Method
-from lib.model.precision import autocast_for, scaler_for
+from lib.model.precision import autocast_for
+from lib.rendezvous import peers_told
 from lib.retrieval.evaluation import SplitLoaders, evaluate_split
 from lib.training.clock import Clock
-from lib.training.logs import RunLog, flatten_metrics
+from lib.training.logs import RunLog, entries_apart, epoch_bar, flatten_metrics
 from lib.training.optim import Schedule, set_learning_rate
+from lib.training.progress import (
+    Progress,
+    restore_optimizer,
+    restore_random_state,
+    saved_progress,
+    training_state,
+)
+from lib.training.saving import CheckpointWriter
+from lib.training.stopping import StopRequest
+from lib.training.update import Outcome, Update
 
-RESUMED_WITH_NEW_FLAGS = ("base_lr", "weight_decay", "betas")
-LOWEST_LOSS_SCALE = 2.0**-14  # fp16: below this, gradients overflow whatever the scale
+ALWAYS_DRAWN = ("train/loss", "train/alignment")
 
 
 @dataclass
@@ -54,27 +55,19 @@ class Settings:
     skip_nonfinite: int = 0
     amp: str = "off"
 
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it is saved, so that resuming goes on as if nothing happened."""
-
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch already used
-    pairs_per_batch: int = 0  # of all processes together
-    step: int = 0  # optimizer steps
-    best_rsum: float = -1.0
-    last_rsum: float = -1.0
-    validated_step: int = -1
-    skipped: int = 0  # non-finite steps in a row
-    bad_images: list[str] = field(default_factory=list)
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, total_steps: int) -> Settings:
+        """Return the flags' values; --log_step 0 follows the length of the run."""
+        values = {name: getattr(args, name) for name in cls.__dataclass_fields__}
+        return cls(**{**values, "log_step": args.log_step or entries_apart(total_steps)})
 
 
 class Trainer:
     """Trains on what `train_batches(epoch, first_batch)` yields: (Batch or None, bad paths).
 
-    `save(file_name, trainer)` writes a checkpoint; the trainer decides when. `picture(model)` draws
-    what goes to TensorBoard with each validation.
+    `writer` writes checkpoints, and the trainer decides when: `describe`, to be set before `fit`,
+    returns what is in one beside the training state. `picture(model)` draws what goes to
+    TensorBoard with each validation.
     """
 
     def __init__(
@@ -90,7 +83,7 @@ class Trainer:
         settings: Settings,
         device: torch.device,
         log: RunLog,
-        save: Callable[[str, Trainer], None],
+        writer: CheckpointWriter,
         picture: Callable[[Method], Any] | None = None,
     ) -> None:
         self.model = model
@@ -103,13 +96,16 @@ class Trainer:
         self.settings = settings
         self.device = device
         self.log = log
-        self.save = save
+        self.writer = writer
+        self.describe: Callable[[], dict[str, Any]] = dict
         self.picture = picture
         self.progress = Progress(pairs_per_batch=pairs_per_batch)
         self.autocast = autocast_for(settings.amp, device)
-        self.scaler = scaler_for(settings.amp, device)
-        self.network = self._distribute(model)
-        self.stop_signal: int | None = None
+        network = self._distribute(model)
+        self.update = Update(
+            model, network, optimizer, device, self.autocast, settings.amp, settings.grad_clip
+        )
+        self.stop = StopRequest()
 
     def _distribute(self, model: Method) -> nn.Module:
         if world_size() == 1:
@@ -119,120 +115,138 @@ class Trainer:
             model, device_ids=devices, find_unused_parameters=model.may_leave_unused
         )
 
-    # --- the run -------------------------------------------------------------------------------
+    # --- the run
 
     def fit(self) -> bool:
         """Train to the last epoch; return False where a signal stopped it early.
 
-        Raises NonFiniteError, InputError (too many bad images) or OSError (checkpoint not written).
+        What was trained is saved before an error passes on. Raises NonFiniteError, InputError (too
+        many bad images, nothing learnt), WorkerError, or OSError (checkpoint not written).
         """
-        with self._catch_signals():
+        with self.stop.caught(), self._saving_what_was_trained():
+            if self.progress.validation_due:
+                self.validate()
             for epoch in range(self.progress.epoch, self.settings.num_epochs):
                 self.progress.epoch = epoch
                 if not self._train_epoch(epoch):
-                    self.save(LAST, self)
+                    self._save_and_wait()
                     return False
                 self.progress.epoch, self.progress.batch = epoch + 1, 0
                 if self.progress.validated_step != self.progress.step:
-                    self.validate()
-                self.save(LAST, self)
+                    self._save_then_validate()
+            self._save_and_wait()
         return True
 
     def _train_epoch(self, epoch: int) -> bool:
+        """Return False where the run is to stop before the epoch's end."""
+        progress = self.progress
         hard = self.settings.max_violation or epoch >= self.settings.vse_mean_warmup_epochs
         self.model.set_hard_negatives(hard)
         self.model.train()
         clock, bad_images = Clock(), set()
-        batches = self.train_batches(epoch, self.progress.batch)
-        with self._bar(epoch) as bar:
-            group: list[Batch] = []
-            waiting = 0  # batches read since the last step
-            for batch, bad_paths in clock.waiting(batches, lambda: self.stop_signal is not None):
-                waiting += 1
-                if self._usable(batch, bad_paths, bad_images):
-                    group.append(batch)
-                last = self.progress.batch + waiting == self.batches_per_epoch
-                if waiting == self.settings.grad_accum or last:
-                    self.progress.batch += waiting
-                    if group:
-                        self._step(group, epoch, clock, bar)
-                    group, waiting = [], 0
-                    if self._should_stop():
-                        return False
+        batches = clock.waiting(self.train_batches(epoch, progress.batch))
+        with epoch_bar(
+            epoch, self.settings.num_epochs, self.batches_per_epoch, progress.batch
+        ) as bar:
+            while progress.batch < self.batches_per_epoch:
+                read, fault = self._read_group(batches)
+                group = self._agreed(read, fault, bad_images)
+                if group is None:
+                    return False
+                position = progress.batch + len(read)
+                outcome = self._step(group, epoch, position) if group else None
+                progress.batch = position
+                if outcome is not None:
+                    clock.stepped(sum(len(batch.ids) for batch in group) * world_size())
+                    self._report(outcome, clock, bar)
+                    self._save_and_validate_in_time(clock)
         if bad_images:
-            self.log.say(
-                f"epoch {epoch}: {len(bad_images)} images could not be decoded and were left out"
-            )
-        return self.progress.batch == self.batches_per_epoch
+            count = f"{len(bad_images)} images could not be decoded"
+            self.log.say(f"epoch {epoch + 1}: {count} and were left out")
+        self._refuse_nothing_learnt(len(bad_images))
+        return True
 
-    def _usable(self, batch: Batch | None, bad_paths: list[str], bad_images: set[str]) -> bool:
-        """Return True where every rank has a batch; note what any of them could not decode."""
-        empty, bad = sum_over_ranks([int(batch is None), len(bad_paths)], self.device)
-        if bad:
-            paths = [path for paths in gather_values(bad_paths) for path in paths]
+    def _read_group(self, batches: Iterator) -> tuple[list, Exception | None]:
+        """Return the batches of the next step, and what kept this rank from reading them all."""
+        left = self.batches_per_epoch - self.progress.batch
+        read: list[tuple[Batch | None, list[str]]] = []
+        try:
+            while len(read) < min(self.settings.grad_accum, left):
+                read.append(next(batches))
+        except StopIteration:
+            return read, WorkerError("the loader's batches ended before the epoch did")
+        except (InputError, WorkerError) as error:
+            return read, error
+        except OSError as error:
+            return read, WorkerError(f"the training data can't be read ({error})")
+        return read, None
+
+    def _agreed(
+        self, read: list, fault: Exception | None, bad_images: set[str]
+    ) -> list[Batch] | None:
+        """Return what of the group every rank can train on; None where any is asked to stop.
+
+        One all-reduce a step says it all; only where something is wrong do the ranks say more. A
+        scheduler's signal to every process ends loader workers too, so stopping goes before faults.
+        """
+        empty = [int(batch is None) for batch, _ in read]
+        empty += [0] * (self.settings.grad_accum - len(empty))
+        bad = [path for _, paths in read for path in paths]
+        mine = [bool(self.stop), fault is not None, self.writer.error is not None]
+        counts = [*map(int, mine), len(bad), *empty]
+        stop, faults, unwritten, bad_count, *empty = sum_over_ranks(counts, self.device)
+        if stop:
+            return None
+        if faults:
+            agree(fault)
+        if unwritten:
+            self.writer.finish()
+        if bad_count:
+            paths = [path for paths in gather_values(bad) for path in paths]
             bad_images.update(paths)
             self._note_bad(paths)
-        return not empty
+        return [batch for (batch, _), none in zip(read, empty, strict=False) if not none]
 
-    def _step(self, group: list[Batch], epoch: int, clock: Clock, bar: tqdm) -> None:
-        progress, settings = self.progress, self.settings
+    def _refuse_nothing_learnt(self, bad_images: int) -> None:
+        """Raise InputError where no step so far changed the model."""
+        if self.progress.learnt:
+            return
+        why = "no batch holds images to tell apart: a batch needs pairs of two images or more"
+        if bad_images:
+            why = f"{bad_images} images can't be decoded, and too few pairs are left; {why}"
+        if self.progress.skipped:
+            why = "every loss or gradient was not finite; lower --learning_rate"
+        raise InputError(f"nothing was learnt in {self.progress.step} steps: {why}")
+
+    def _step(self, group: list[Batch], epoch: int, position: int) -> Outcome:
+        """Take one optimizer step; `position` is the place in the epoch after it."""
+        progress = self.progress
         set_learning_rate(self.optimizer, self.schedule(progress.step))
-        self.model.set_alignment_scale(self._alignment_scale(epoch))
-        losses, norm = self._forward_backward(group)
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > LOWEST_LOSS_SCALE
-        if not math.isfinite(norm) and not overflow:
-            bad.append("gradient norm")
-        if bad:
-            self._non_finite(bad, group)
+        self.model.set_alignment_scale(self._alignment_scale(epoch, position))
+        outcome = self.update.step(group)
+        if outcome.not_finite:
+            self._non_finite(outcome.not_finite, group)
         else:
             progress.skipped = 0
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        progress.learnt += int(outcome.learnt)
         progress.step += 1
-        clock.stepped(sum(len(batch.ids) for batch in group) * world_size())
-        self._report(losses, norm, clock, bar)
-        if progress.step % settings.val_step == 0:
-            self.validate()
-            self.save(LAST, self)
+        return outcome
+
+    def _save_and_validate_in_time(self, clock: Clock) -> None:
+        step, settings = self.progress.step, self.settings
+        if not self.progress.learnt:
+            return  # the weights are still those of the start
+        if step % settings.val_step == 0:
+            self._save_then_validate()
             clock.restart()
-        elif progress.step % settings.save_step == 0:
-            self.save(LAST, self)
+        elif step % settings.save_step == 0:
+            self._save_last()
 
-    def _forward_backward(self, group: list[Batch]) -> tuple[dict[str, float], float]:
-        """Return each loss part's mean over the group, and the gradient norm before clipping."""
-        total: dict[str, float] = {}
-        for index, batch in enumerate(group):
-            last = index == len(group) - 1
-            wait = nullcontext() if last or world_size() == 1 else self.network.no_sync()
-            with wait:
-                losses = self._losses(batch.to(self.device))
-                self.scaler.scale(losses["loss"] / len(group)).backward()
-            for name, value in losses.items():
-                total[name] = total.get(name, 0.0) + float(value.detach()) / len(group)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.settings.grad_clip if self.settings.grad_clip > 0 else math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return total, float(norm)
-
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        with self.autocast():
-            return self.network(
-                batch.pixels,
-                batch.ids,
-                batch.lengths,
-                batch.image_ids,
-                batch.dense_ids,
-                batch.dense_lengths,
-                batch.pixel_lengths,
-            )
-
-    def _alignment_scale(self, epoch: int) -> float:
+    def _alignment_scale(self, epoch: int, position: int) -> float:
         """Return the alignment loss's factor: rises to 1 over the warm-up epoch (SPEC 6)."""
         if epoch != self.settings.embedding_warmup_epochs:
             return 1.0
-        return min(1.0, self.progress.batch / self.batches_per_epoch)
+        return min(1.0, position / self.batches_per_epoch)
 
     def _non_finite(self, parts: list[str], group: list[Batch]) -> None:
         self.progress.skipped += 1
@@ -266,19 +280,21 @@ class Trainer:
         progress = self.progress
         progress.last_rsum, progress.validated_step = float(results["rsum"]), progress.step
         seconds, protocol = results.pop("seconds"), results.pop("protocol")
+        progress.validation_due = False
         self.log.scalars(flatten_metrics(results, "val"), progress.step)
         self.log.scalars({"time/validation_s": seconds}, progress.step)
         best = results["rsum"] > progress.best_rsum
         if best:
             progress.best_rsum = progress.last_rsum
         self.log.say(
-            f"step {progress.step} (epoch {progress.epoch}) {self.validation.name}: "
+            f"step {progress.step} (epoch {progress.shown_epoch}/{self.settings.num_epochs}) "
+            f"{self.validation.name}: "
             f"I2T R@1 {results['i2t']['r1']:.1f}, T2I R@1 {results['t2i']['r1']:.1f}, "
             f"rSum {results['rsum']:.1f}{' (oracle)' if protocol == 'oracle' else ''}"
             f"{' (best)' if best else ''}"
         )
         if best:
-            self.save(BEST, self)
+            self.writer.save(BEST, self.describe)
         if self.picture is not None and is_main():
             picture = self.picture(self.model)
             if picture is not None:
@@ -286,8 +302,8 @@ class Trainer:
         barrier()
         return results
 
-    def _report(self, losses: dict[str, float], norm: float, clock: Clock, bar: tqdm) -> None:
-        shown = {"loss": f"{losses['loss']:.2f}", "img/s": f"{clock.pairs_per_second:.0f}"}
+    def _report(self, outcome: Outcome, clock: Clock, bar: tqdm) -> None:
+        shown = {"loss": f"{outcome.losses['loss']:.2f}", "img/s": f"{clock.pairs_per_second:.0f}"}
         if self.progress.best_rsum >= 0:
             shown["rSum"] = f"{self.progress.last_rsum:.1f}"
         bar.set_postfix(shown, refresh=False)
@@ -295,84 +311,90 @@ class Trainer:
         if self.progress.step % self.settings.log_step:
             return
         rates = {f"lr/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-        parts = {f"train/{name}": value for name, value in losses.items()}
+        parts = {f"train/{name}": value for name, value in outcome.losses.items()}
+        drawn = {name: parts.pop(name) for name in ALWAYS_DRAWN if name in parts}
         self.log.scalars(
-            {**parts, **rates, "train/grad_norm": norm, **clock.scalars()}, self.progress.step
+            {**drawn, **rates, "train/grad_norm": outcome.norm, **clock.scalars()},
+            self.progress.step,
         )
+        self.log.changing_scalars(parts, self.progress.step)
 
-    def _bar(self, epoch: int) -> tqdm:
-        return tqdm(
-            total=self.batches_per_epoch,
-            initial=self.progress.batch,
-            desc=f"epoch {epoch + 1}/{self.settings.num_epochs}",
-            disable=not is_main(),
-            leave=False,
-            ncols=80,
-            mininterval=0.5,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
+    # --- saving and going on -------------------------------------------------------------------
+
+    def _save_last(self, alone: bool = False) -> None:
+        """Begin to write the training state; every rank calls it, as all random states go in.
+
+        `alone` is for rank 0 after others are gone: then its own goes in.
+        """
+        state = training_state(
+            self.progress, self.optimizer, self.update.scaler, self.device, alone
         )
+        self.writer.save(LAST, lambda: {**self.describe(), "training": state})
+        self.writer.saved_step = self.progress.step
 
-    # --- stopping and going on -----------------------------------------------------------------
+    def _save_and_wait(self) -> None:
+        self._save_last()
+        self.writer.finish()
 
-    def _should_stop(self) -> bool:
-        return not all_true(self.stop_signal is None, self.device)
+    def _save_then_validate(self) -> None:
+        """Validate; before that save where it is time, or where nothing was saved so far."""
+        self.progress.validation_due = True
+        step = self.progress.step
+        if step % self.settings.save_step == 0 or self.writer.saved_step is None:
+            self._save_last()
+        self.validate()
 
     @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Finish the step under way on the first SIGINT or SIGTERM; a second one kills as usual."""
+    def _saving_what_was_trained(self) -> Iterator[None]:
+        """Save before an error passes on, where the weights are those of a whole step.
 
-        def note(number: int, frame: object) -> None:
-            self.stop_signal = number
-            signal.signal(number, previous[number])
-
-        previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def training_state(self) -> dict[str, Any]:
-        """Return what resuming needs beside the model: plain values and tensors.
-
-        Every rank must call it, as each one's random state is in it.
+        Foreseen errors are raised by every rank together; another one may be this rank's alone, and
+        saving takes them all.
         """
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {
-            "progress": asdict(self.progress),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": gather_values({"cpu": torch.get_rng_state(), "cuda": cuda}),
-        }
+        try:
+            with peers_told():
+                yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; {self._told_after_non_finite()}") from None
+        except Exception as error:
+            alone = isinstance(error, PeerError) and is_main()
+            together = isinstance(error, (InputError, WorkerError)) or world_size() == 1
+            if (alone or together) and not self.update.halfway and self.writer.error is None:
+                self._rescue(alone)
+            raise
+
+    def _rescue(self, alone: bool) -> None:
+        if self.writer.saved_step != self.progress.step and self.progress.learnt:
+            self._save_last(alone)
+            self.writer.finish(alone)
+            self.log.say(f"saved step {self.progress.step} in {LAST}, to go on with --resume")
+
+    def _told_after_non_finite(self) -> str:
+        """Save where nothing was so far; else what lies there may be from before the trouble."""
+        self.progress.skipped = 0
+        if self.writer.saved_step is None and self.progress.learnt and self._weights_are_finite():
+            self._save_and_wait()
+        self.writer.finish()
+        if self.writer.saved_step is None:
+            return "there is no checkpoint to go on from: start anew with a lower --learning_rate"
+        return (
+            f"the checkpoint of step {self.writer.saved_step} is kept: go on with --resume, and a "
+            "lower --learning_rate or --skip_nonfinite"
+        )
+
+    def _weights_are_finite(self) -> bool:
+        tensors = (value for value in self.model.state_dict().values() if value.is_floating_point())
+        return all(bool(torch.isfinite(value).all()) for value in tensors)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Go on from `training_state()`; the model's weights are loaded by the caller.
+        """Go on from a saved training state; the model's weights are loaded by the caller.
 
-        Rates, decay and betas stay those of this call's flags. Raises InputError where a batch now
-        has another number of pairs, as neither the place in the epoch nor the schedule would fit.
+        Raises InputError where a batch now has another number of pairs.
         """
-        now, then = self.progress.pairs_per_batch, state["progress"]["pairs_per_batch"]
-        if now != then:
-            raise InputError(
-                f"the run to go on with used {then} pairs a step on all processes together, this "
-                f"call {now}: change --batch_size or the number of processes"
+        self.progress = saved_progress(state, self.progress.pairs_per_batch)
+        self.writer.saved_step = self.progress.step
+        restore_optimizer(state, self.optimizer, self.update.scaler)
+        if not restore_random_state(state, self.device):
+            self.log.say(
+                "not the random states of these processes were saved: random numbers start anew"
             )
-        self.progress = Progress(**state["progress"])
-        flags = [
-            {key: group[key] for key in RESUMED_WITH_NEW_FLAGS}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, flags, strict=True):
-            group.update(values)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) != world_size():
-            self.log.say("another number of processes than before: random numbers start anew")
-            return
-        mine = state["rng"][rank()]
-        torch.set_rng_state(mine["cpu"])
-        if mine["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["cuda"], self.device)

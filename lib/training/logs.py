@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
 from lib.checkpoints.checkpoint import plain_arguments
-from lib.distributed import barrier, is_main
+from lib.distributed import is_main
 from lib.files import write_text_whole
+
+FALLBACK = "backslashreplace"  # what an unprintable character becomes
 
 
 class RunLog:
@@ -28,27 +32,45 @@ class RunLog:
         self.active = active
         self.folder = Path(folder) if folder is not None and active else None
         self.writer = None
+        self._unchanged: dict[str, tuple[float, int, int]] = {}  # name: value, first, last step
+        self._changing: set[str] = set()
+        self._told = False
+        self._early: list[str] | None = []  # lines before the folder is this run's
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def open_curves(self, step: int) -> None:
-        """Begin TensorBoard events behind `step`; what a killed run wrote later is taken back."""
+        """Begin to write into the folder; TensorBoard events behind `step` are taken back.
+
+        What was said before is kept until now, as a run that fails to begin changes no file.
+        """
         if self.folder is not None:
+            self._write_early()
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, only_in_file: bool = False) -> None:
         """Print a line above any progress bar, and append it to train.log with the time."""
         if not self.active:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if not only_in_file:
+            tqdm.write(printable(text, sys.stdout), file=sys.stdout)
+            sys.stdout.flush()
         if self.folder is not None:
             stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-            path = self.folder / "train.log"
-            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{stamp} {text}\n")
+            self._append(f"{stamp} {text}\n")
+
+    def _append(self, line: str) -> None:
+        if self._early is not None:
+            self._early.append(line)
+            return
+        with self._kept_going():
+            append_text(self.folder / "train.log", line)
+
+    def _write_early(self) -> None:
+        early, self._early = self._early or [], None
+        self._append("".join(early))
 
     def arguments(self, args: argparse.Namespace) -> None:
         """Write Parameters.txt (a flag a line), args.json and TensorBoard's text of them."""
@@ -63,34 +85,88 @@ class RunLog:
         table = "| flag | value |\n|---|---|\n"
         table += "\n".join(f"| {key} | {value} |" for key, value in sorted(plain.items()))
         if self.writer is not None:
-            # protocol buffers take no lone surrogates, which undecodable paths hold
-            table = table.encode("utf-8", "backslashreplace").decode("utf-8")
-            self.writer.add_text("arguments", table, 0)
+            self.writer.add_text("arguments", table.encode("utf-8", FALLBACK).decode(), 0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write TensorBoard scalars at `step`."""
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        with self._kept_going():
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+
+    def changing_scalars(self, values: dict[str, float], step: int) -> None:
+        """Write scalars as `scalars` does, but none of a name whose value is always the same.
+
+        Once it changes, both ends of the stretch before are drawn too.
+        """
+        for name, value in values.items():
+            if name not in self._changing:
+                first, begun, last = self._unchanged.get(name, (value, step, step))
+                if math.isclose(value, first, rel_tol=1e-5, abs_tol=1e-12):
+                    self._unchanged[name] = first, begun, step
+                    continue
+                self._changing.add(name)
+                for place in dict.fromkeys((begun, last)):
+                    self.scalars({name: first}, place)
+            self.scalars({name: value}, step)
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
         """Write an RGB uint8 picture (H, W, 3) to TensorBoard."""
         if self.writer is not None:
-            self.writer.add_image(name, picture, step, dataformats="HWC")
+            with self._kept_going():
+                self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    @contextmanager
+    def _kept_going(self) -> Iterator[None]:
+        """A record that can't be written is told once and ends no run; checkpoints are another."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                print(
+                    f"warning: {self.folder}: records can't be written ({error})", file=sys.stderr
+                )
+            self._told = True
 
     def close(self) -> None:
         """Flush and close the event file."""
+        if self.folder is not None:
+            self._write_early()
         if self.writer is not None:
-            self.writer.close()
+            with self._kept_going():
+                self.writer.close()
 
 
-def clear_run(folder: str | Path, checkpoints: Sequence[str]) -> None:
-    """Remove what a former run left in a folder that is to be written over; every rank calls it."""
-    if is_main():
-        for pattern in (*checkpoints, "results.json", "args.json", "train.log", "events.out*"):
-            for path in Path(folder).glob(pattern):
-                path.unlink()
-    barrier()
+def append_text(path: Path, text: str) -> None:
+    """Append to a file; a character that UTF-8 lacks (half of a file name's byte) is escaped."""
+    with open(path, "a", encoding="utf-8", errors=FALLBACK) as file:
+        file.write(text)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Return the text with what the stream's encoding lacks escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, FALLBACK).decode(encoding)
+
+
+def epoch_bar(epoch: int, epochs: int, batches: int, done: int) -> tqdm:
+    """Return the progress bar of an epoch, counted from 0, of whose batches some are `done`."""
+    return tqdm(
+        total=batches,
+        initial=done,
+        desc=f"epoch {epoch + 1}/{epochs}",
+        disable=not is_main(),
+        leave=False,
+        ncols=80,
+        mininterval=0.5,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
+    )
+
+
+def entries_apart(total_steps: int) -> int:
+    """Return how many steps lie between log entries: a run has about 100, or one in 200 steps."""
+    return max(1, min(200, total_steps // 100))
 
 
 def flatten_metrics(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,10 +28,27 @@ def recompute_backbones(model: Method) -> None:
         (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def compile_backbones(model: Method) -> None:
-    """Let torch.compile translate the backbones, in place: the weights keep their names."""
-    for backbone in _backbones(model):
-        backbone.compile(dynamic=True)
+def compile_backbones(model: Method, device: torch.device) -> str | None:
+    """Let torch.compile translate the backbones, in place: the weights keep their names.
+
+    Returns None, or where this machine can't compile why not; the backbones are then left alone.
+    """
+    fault = _compiler_fault(device)
+    if fault is None:
+        for backbone in _backbones(model):
+            backbone.compile(dynamic=True)
+    return fault
+
+
+def _compiler_fault(device: torch.device) -> str | None:
+    """Return why a small function can't be compiled and run, None where it can."""
+    unique = time.time_ns() % 1_000_000 / 7.0  # not one that an earlier call left in the cache
+    try:
+        torch.compile(lambda x: x * unique + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever compilers and their drivers raise
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        return (lines or [type(error).__name__])[0][:200]
+    return None
 
 
 def _backbones(model: Method) -> Iterator[nn.Module]:
