@@ -22,6 +22,7 @@ DATASET_DEFAULTS = {
         "bert_path": "tiny",
         "img_res": 96,
         "embed_size": 64,
+        "sim_dim": 64,
         "batch_size": 64,
         "num_epochs": 5,
         "learning_rate": 2e-3,
@@ -67,6 +68,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "kept shrunk, and their pixels differ by about 2 of 255 from those without the cache",
     )
     group.add_argument(
+        "--feature_cache",
+        default=None,
+        metavar="DIR",
+        help="keep there what a frozen image encoder (--freeze image) says of each image",
+    )
+    group.add_argument(
         "--scenes_size",
         action=IntegerList,
         default=[4000, 200, 200],
@@ -77,6 +84,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training data")
+    group.add_argument(
+        "--feature_views",
+        type=int,
+        default=0,
+        help="cropped and flipped views of a training image that --feature_cache keeps; 0: the "
+        "plain image alone",
+    )
     group.add_argument(
         "--size_augment", type=int, default=1, help="mask, replace and drop words in training"
     )

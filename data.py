@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from arguments import image_path
 from lib import distributed
+from lib.data.features import FeatureCache, Key, fill, wanted_views
 from lib.data.image_cache import ImageCache
-from lib.data.layout import dense_file
+from lib.data.layout import dense_file, describe_command
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
 from lib.data.scenes.generate import generate_scenes
 from lib.data.sources import EvalCaptions, EvalImages, TrainSet
@@ -23,7 +28,10 @@ from lib.data.splits import (
     region_files,
 )
 from lib.errors import InputError
+from lib.methods.encoder_flags import check_feature_cache
 from lib.methods.registry import get_method
+from lib.model.encoders import ImageEncoder
+from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import SplitLoaders
 from lib.retrieval.similarity import shard
 from lib.training.logs import RunLog
@@ -76,7 +84,7 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
 def _describe_hint(args: argparse.Namespace, missing: str | None) -> str:
     if missing is None or not missing.endswith(".jsonl"):
         return ""
-    return f" (python -m tools.describe --dataset {args.dataset} --split dev writes it)"
+    return f" ({describe_command(args.data_path, args.dataset, 'dev')} writes it)"
 
 
 def read_split(args: argparse.Namespace, name: str, needs_dense: bool) -> Split:
@@ -130,6 +138,7 @@ def training_loader(
     owner: str | None,
     pin: bool,
     cache: ImageCache | None = None,
+    features: FeatureCache | None = None,
 ) -> TrainLoader:
     """Return the loader of this rank's training pairs; `owner` is who is given the dense text."""
     dataset = TrainSet(
@@ -142,6 +151,8 @@ def training_loader(
         seed=args.seed,
         max_dense_word=_dense_words(args) if owner is not None else None,
         cache=cache,
+        resample=_resample(args),
+        features=features,
     )
     ranks = {"rank": distributed.rank(), "world": distributed.world_size()}
     return train_loader(dataset, args.batch_size, args.workers, pin, **ranks)
@@ -154,11 +165,20 @@ def validation_loaders(
     owner: str | None,
     pin: bool,
     cache: ImageCache | None = None,
+    features: FeatureCache | None = None,
 ) -> SplitLoaders:
     """Return this rank's share of a split, ready for evaluation."""
     dense_words = _dense_words(args)
     img_res = args.img_res if get_method(args.method).uses_pixels else None
-    images = EvalImages(split, img_res, tokenizer, dense_words if owner == "image" else None, cache)
+    images = EvalImages(
+        split,
+        img_res,
+        tokenizer,
+        dense_words if owner == "image" else None,
+        cache,
+        _resample(args),
+        features,
+    )
     captions = EvalCaptions(
         split, tokenizer, args.max_word, dense_words if owner == "caption" else None
     )
@@ -170,6 +190,86 @@ def validation_loaders(
         num_images=len(images),
         name=split.name,
     )
+
+
+def open_features(
+    args: argparse.Namespace,
+    encoder: ImageEncoder,
+    splits: Sequence[tuple[Split, bool]],
+    device: torch.device,
+    say: Callable[[str], None] = print,
+) -> FeatureCache | None:
+    """Return the cache of --feature_cache, filled with the images of `splits`; None without.
+
+    `splits` come with whether they are read with augmentation. Each process encodes its share of
+    what is missing; `say` tells how many and how fast. Raises InputError where the folder is unfit.
+    """
+    if not args.feature_cache:
+        return None
+    check_feature_cache(args, get_method(args.method), training=False)
+    layout = encoder.layout
+    key = f"{encoder.digest()}-{args.img_res}-{args.amp}".replace(" ", "")
+    cache = FeatureCache(
+        args.feature_cache, key, layout.num_tokens, layout.width, getattr(args, "feature_views", 0)
+    )
+    wanted = dict.fromkeys(
+        key for split, augment in splits for key in wanted_views(split.image_files, augment, cache)
+    )
+    missing = cache.missing(wanted)
+    if distributed.is_main():
+        cache.describe({"image encoder": args.vit_type, "img_res": args.img_res, "amp": args.amp})
+    size = len(missing) * cache.entry_bytes / 2**30
+    say(
+        f"feature cache {cache.folder}: {len(wanted) - len(missing)} views of images there, "
+        f"{len(missing)} to encode ({size:.1f} GiB)"
+    )
+    _fill_share(args, encoder, cache, missing, device, say)
+    distributed.barrier()
+    return cache
+
+
+def _fill_share(
+    args: argparse.Namespace,
+    encoder: ImageEncoder,
+    cache: FeatureCache,
+    missing: Sequence[Key],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Encode this process's share of the `missing` views."""
+    share = missing[distributed.rank() :: distributed.world_size()]
+    if not share:
+        return
+    autocast = autocast_for(args.amp, device)
+    training, started = encoder.training, time.perf_counter()
+    encoder.eval()
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        with autocast():
+            return encoder.hidden(pixels.to(device)).float()
+
+    with tqdm(total=len(share), desc="encoding images", unit="image", ncols=80) as bar:
+        bad = fill(
+            cache,
+            share,
+            encode,
+            encoder.img_res,
+            resample=encoder.preprocessing.resample,
+            workers=args.workers,
+            progress=lambda done: _show(bar, done, len(share)),
+        )
+    encoder.train(training)
+    seconds = time.perf_counter() - started
+    say(
+        f"encoded {len(share) - bad} views in {seconds:.0f} s, {len(share) / seconds:.1f} images/s"
+        + (f"; {bad} could not be decoded" if bad else "")
+    )
+
+
+def _resample(args: argparse.Namespace) -> str:
+    """Return the filter that the model's image encoder likes images resized with."""
+    return getattr(args, "image_filter", "bicubic")
 
 
 def _dense_words(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import open_image_cache, prepare_scenes, read_split, validation_loaders
+from data import open_features, open_image_cache, prepare_scenes, read_split, validation_loaders
 from lib import distributed
 from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.payloads import read_payload
@@ -23,7 +23,8 @@ from lib.retrieval.tables import format_table
 from vocab import checkpoint_tokenizer
 
 # where the data lies and how it is read: always this call's, not the checkpoint's
-DATA_FLAGS = "data_path image_path f30k_img_path coco_img_path batch_size workers".split()
+DATA_FLAGS = """data_path image_path f30k_img_path coco_img_path batch_size workers amp
+feature_cache""".split()
 RESULTS = "results.json"  # beside the checkpoint
 
 
@@ -47,7 +48,10 @@ def evaluate_checkpoint(
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
     pin = device.type == "cuda"
-    loaders = validation_loaders(settings, split, tokenizer, model.dense_owner, pin, cache)
+    features = open_features(settings, model.image_encoder, [(split, False)], device)
+    loaders = validation_loaders(
+        settings, split, tokenizer, model.dense_owner, pin, cache, features
+    )
     started = time.perf_counter()
     matrix = split_similarity(model, loaders, device, autocast_for(args.amp, device))
     seconds = time.perf_counter() - started

@@ -22,6 +22,7 @@ import torch
 from arguments import given_folder, parse_train, process_settings, warn_of_unread_flags
 from data import (
     load_splits,
+    open_features,
     open_image_cache,
     prepare_scenes,
     training_loader,
@@ -35,12 +36,14 @@ from lib.checkpoints.checkpoint import (
     load_weights,
     model_payload,
 )
+from lib.data.features import FeatureCache
 from lib.data.fingerprint import fingerprint_differences, split_fingerprint
 from lib.data.image_cache import ImageCache
 from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
 from lib.methods.base import Method
 from lib.methods.registry import build_model
+from lib.model.encoders import image_filter
 from lib.program import INTERRUPTED, program, run_program, warnings_told
 from lib.rendezvous import environment_integer, peers_told
 from lib.retrieval.pictures import first_pairs_strip
@@ -50,7 +53,13 @@ from lib.training.logs import RunLog
 from lib.training.optim import build_optimizer, schedule
 from lib.training.saving import CheckpointWriter
 from lib.training.setup import compile_backbones, recompute_backbones, set_seed
-from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
+from vocab import (
+    CaptionTokenizer,
+    WordTokenizer,
+    learn_vocabulary,
+    learn_words,
+    load_tokenizer,
+)
 
 
 @program
@@ -91,11 +100,14 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     with distributed.together():
         cache = open_image_cache(args)
         training, validation = load_splits(args, log)
-        tokenizer = training_tokenizer(args, training)
+        tokenizer = training_tokenizer(args, training, validation)
         data = split_fingerprint(training)
         state = _saved_state(args, data)
         model = _model(args, tokenizer, state, device)
-    trainer = build_trainer(args, model, tokenizer, (training, validation), device, log, cache)
+    read = [(training, bool(args.image_augment)), (validation, False)]
+    features = open_features(args, model.image_encoder, read, device, log.say)
+    splits = training, validation
+    trainer = build_trainer(args, model, tokenizer, splits, device, log, cache, features)
     trainer.describe = lambda: _payload(args, tokenizer, trainer, data)
     if distributed.world_size() > 1:
         set_seed(args.seed + distributed.rank())  # dropout and Gumbel noise differ between ranks
@@ -118,14 +130,24 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     return finished
 
 
-def training_tokenizer(args: argparse.Namespace, training: Split) -> WordTokenizer:
-    """Return the tokenizer of --bert_path; for tiny, a vocabulary learnt from training texts."""
-    if args.bert_path != "tiny":
+def training_tokenizer(
+    args: argparse.Namespace, training: Split, validation: Split | None = None
+) -> WordTokenizer:
+    """Return the tokenizer of --bert_path; for tiny and a GRU, a vocabulary learnt from texts.
+
+    A GRU's words are those of the training captions and, as in SCAN, of dev's where dev chooses.
+    """
+    gru = args.text_encoder == "gru"
+    if args.bert_path != "tiny" and not gru:
         return load_tokenizer(args.bert_path)
     saved = Path(args.logger_name) / "vocab.txt"
     if args.resume and saved.exists():
         return load_tokenizer("tiny", vocab_file=saved)
-    return WordTokenizer(learn_vocabulary([*training.captions, *(training.dense or [])]))
+    texts = [*training.captions, *(training.dense or [])]
+    if not gru:
+        return WordTokenizer(learn_vocabulary(texts))
+    dev = validation.captions if validation is not None and validation.name == "dev" else []
+    return CaptionTokenizer(learn_words([*texts, *dev]))
 
 
 def _model(
@@ -134,6 +156,7 @@ def _model(
     """Return the model on its device, with the weights of the run that goes on."""
     set_seed(args.seed)
     model = build_model(args, tokenizer.vocab_size).to(device)
+    args.image_filter = image_filter(model.image_encoder)  # the loaders, and evaluation, ask for it
     if args.gradient_checkpointing:
         recompute_backbones(model)
     if state is not None:
@@ -149,12 +172,15 @@ def build_trainer(
     device: torch.device,
     log: RunLog,
     cache: ImageCache | None = None,
+    features: FeatureCache | None = None,
 ) -> Trainer:
     """Return the trainer on `splits` (training, validation), as the flags say."""
     training, validation = splits
     reading = (tokenizer, model.dense_owner, device.type == "cuda", cache)
-    batches = training_loader(args, training, *reading)
-    loaders = validation_loaders(args, validation, *reading)
+    batches = training_loader(args, training, *reading, features)
+    loaders = pictured = validation_loaders(args, validation, *reading, features)
+    if features is not None:  # hidden states are no pictures
+        pictured = validation_loaders(args, validation, *reading)
     optimizer = build_optimizer(
         model, args.learning_rate, args.backbone_lr_ratio, args.weight_decay, args.beta2
     )
@@ -162,7 +188,7 @@ def build_trainer(
     if fault is not None:
         log.say(f"warning: --compile 1: this machine can't compile ({fault}); going on without")
     steps = -(-len(batches) // args.grad_accum)  # of an epoch: its rest is a step too
-    pictured = model.uses_pixels and not args.precomp  # regions are no picture
+    drawn = model.uses_pixels and not args.precomp  # regions are no picture
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -183,7 +209,7 @@ def build_trainer(
         device=device,
         log=log,
         writer=CheckpointWriter(args.logger_name),
-        picture=first_pairs_strip(loaders, validation.captions, device) if pictured else None,
+        picture=first_pairs_strip(pictured, validation.captions, device) if drawn else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from lib.errors import InputError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CAPTION_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0 to 3 of a learnt word list
+FEWEST_TIMES = 4  # that a word occurs, to be in that list
 AUGMENT_RATE = 0.2  # chance that a word is masked, replaced or deleted
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bmr\.)(?<!\bmrs\.)(?<!\bdr\.)(?<!\bst\.)\s+")
 MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the chosen words; the rest are deleted
 
 
@@ -100,6 +104,55 @@ class WordTokenizer:
         return []
 
 
+class CaptionTokenizer(WordTokenizer):
+    """Whole words, lower-cased, over a list learnt from captions: what the GRU encoder reads.
+
+    A caption is <start> … <end>; a word that is not in the list, or that augmentation masks, is
+    <unk>.
+    """
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens = list(tokens)
+        self._ids = {token: index for index, token in enumerate(self.tokens)}
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = range(len(CAPTION_TOKENS))
+        self._ordinary = np.arange(len(CAPTION_TOKENS), len(self.tokens))
+
+    def encode(self, text: str, max_word: int) -> list[int]:
+        """Return the ids <start> … <end>, at most `max_word` of them; a cut keeps <end>."""
+        words = self.encode_words(text, max_word)
+        return [self.cls_id, *(word for (word,) in words), self.sep_id]
+
+    def encode_words(self, text: str, max_word: int) -> list[list[int]]:
+        """Return the ids that `encode` puts between <start> and <end>, each in a list."""
+        return [[self._ids.get(word, self.mask_id)] for word in caption_words(text)[: max_word - 2]]
+
+
+def caption_words(text: str) -> list[str]:
+    """Return the lower-cased words and punctuation marks of a caption, as NLTK splits them.
+
+    NOTE: word_tokenize finds sentences with a trained model, which has to be downloaded; here the
+    text is cut behind full stops, marks and blanks. Raises InputError where NLTK is missing.
+    """
+    try:
+        from nltk.tokenize import NLTKWordTokenizer
+    except ImportError:
+        raise InputError(
+            "--text_encoder gru splits captions with NLTK, which is not installed: "
+            "pip install -r requirements-extra.txt"
+        ) from None
+    split = NLTKWordTokenizer().tokenize
+    return [word for part in SENTENCE_END.split(text.lower()) for word in split(part)]
+
+
+def learn_words(captions: Iterable[str], fewest: int = FEWEST_TIMES) -> list[str]:
+    """Return <pad>, <start>, <end>, <unk>, then the words that occur `fewest` times or more.
+
+    The most frequent word comes first; the same captions give the same list, always.
+    """
+    counts = Counter(word for caption in captions for word in caption_words(caption))
+    return [*CAPTION_TOKENS, *(word for word in _frequent(counts) if counts[word] >= fewest)]
+
+
 def load_tokenizer(bert_path: str, vocab_file: str | os.PathLike | None = None) -> WordTokenizer:
     """Return the tokenizer of `--bert_path`: a local folder or a hub id.
 
@@ -107,7 +160,7 @@ def load_tokenizer(bert_path: str, vocab_file: str | os.PathLike | None = None) 
     BERT vocabulary can be read.
     """
     if vocab_file is not None:
-        return WordTokenizer(_read_vocab_txt(Path(vocab_file)), str(vocab_file))
+        return tokenizer_of(_read_vocab_txt(Path(vocab_file)), str(vocab_file))
     if bert_path == "tiny":
         raise InputError(
             "--bert_path tiny learns its vocabulary when it is trained and keeps it as vocab.txt "
@@ -122,7 +175,13 @@ def load_tokenizer(bert_path: str, vocab_file: str | os.PathLike | None = None) 
 def checkpoint_tokenizer(payload: dict[str, Any], bert_path: str) -> WordTokenizer:
     """Return the tokenizer of a checkpoint: its own vocabulary, or that of `bert_path`."""
     words = payload.get("vocabulary")
-    return load_tokenizer(bert_path) if words is None else WordTokenizer(words, "the checkpoint")
+    return load_tokenizer(bert_path) if words is None else tokenizer_of(words, "the checkpoint")
+
+
+def tokenizer_of(tokens: Sequence[str], source: str = "vocabulary") -> WordTokenizer:
+    """Return the tokenizer that a saved vocabulary belongs to: whole words, or BERT's pieces."""
+    whole_words = tuple(tokens[: len(CAPTION_TOKENS)]) == CAPTION_TOKENS
+    return CaptionTokenizer(tokens) if whole_words else WordTokenizer(tokens, source)
 
 
 def learn_vocabulary(lines: Iterable[str], size: int = 8000) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class Batch:
     At evaluation a batch holds images only or captions only, and the other fields are None.
     """
 
-    pixels: Tensor | None = None  # (B, 3, R, R) uint8, or (B, N, F) float32 precomputed regions
+    # (B, 3, H, W) uint8, (B, N, F) float32 precomputed regions, or (B, T, F) float16 hidden states
+    pixels: Tensor | None = None
     pixel_lengths: Tensor | None = None  # (B,) valid regions per image; None for pixels
     ids: Tensor | None = None  # (B, M) word ids, padded with [PAD]
     lengths: Tensor | None = None  # (B,) words per caption, [CLS] and [SEP] included
@@ -74,8 +75,11 @@ class Batch:
 class Rows:
     """Base of dataclasses whose fields are tensors with a row an item, other Rows, or None.
 
-    An index takes the same rows of every field. The first field is never None.
+    An index takes the same rows of every field. The first field is never None. `recomputed` names
+    fields that follow from the others, and that may be None in what is kept for later.
     """
+
+    recomputed: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))

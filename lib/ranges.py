@@ -49,11 +49,13 @@ RANGES = _table(
         Range(1, MOST),
         "batch_size num_epochs grad_accum val_step save_step embed_size img_res shard_size"
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
-        " topk nhead captions epochs repeats patches encoded loop_captions",
+        " topk nhead captions epochs repeats patches encoded loop_captions"
+        " word_dim sim_dim num_regions sgr_step",
     ),
     zeros=(
         Range(0, MOST),
-        "workers gpu_id log_step skip_nonfinite max_bad_images lr_warmup_steps max_dense_word"
+        "workers gpu_id feature_views log_step skip_nonfinite max_bad_images lr_warmup_steps"
+        " max_dense_word"
         " vse_mean_warmup_epochs warmup rank local_rank",
     ),
     reals_from_zero=(
@@ -69,7 +71,7 @@ RANGES = _table(
         Range(0, 1, low_open=True),
         "sparse_ratio aggr_ratio avse_keep_train avse_keep_eval threshold",
     ),
-    shares_below_one=(Range(0, 1, high_open=True), "beta2 avse_dropout"),
+    shares_below_one=(Range(0, 1, high_open=True), "beta2 avse_dropout gru_dropout sgraf_dropout"),
     reals=(Range(), "mask_weight ratio_lambda_sparse ratio_lambda_dense"),
     switches=(
         Range(0, 1, hint="0 or 1"),

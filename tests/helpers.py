@@ -14,6 +14,8 @@ VOCABULARY = 120
 # begin after thousands of steps; AVSE's training is random, and so differs between processes.
 METHOD_FLAGS = {
     "hrem": {"warmup": 0, "hrem_loss": "vse"},
+    "sgr": {"sgraf_dropout": 0.0},
+    "saf": {"sgraf_dropout": 0.0},
     "avse": {"avse_keep_train": 1.0, "avse_dropout": 0.0, "size_augment": 0},
 }
 

@@ -14,7 +14,8 @@ GROUND = {
     for name in "errors ranges flags batch distributed files program rendezvous".split()
 }
 CONTRACT = {"lib.methods", "lib.methods.base", "lib.methods.registry"}
-SHARED_BY_METHODS = {"pairs", "flags", "laps_family", "pooled"}  # beside the contract
+FAMILIES = {"laps_family", "pooled", "sgraf_family", "d2s_family"}
+SHARED_BY_METHODS = {"pairs", "flags", "encoder_flags"} | FAMILIES  # beside the contract
 WINGS = {  # what a wing may import beside the ground floor and itself
     "data": set(),
     "model": set(),

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from vocab import SPECIAL_TOKENS, WordTokenizer, learn_vocabulary, load_tokenizer
+from vocab import (
+    SPECIAL_TOKENS,
+    CaptionTokenizer,
+    WordTokenizer,
+    caption_words,
+    checkpoint_tokenizer,
+    learn_vocabulary,
+    learn_words,
+    load_tokenizer,
+)
 
 TOKENS = [*SPECIAL_TOKENS, "a", "cat", "creme", "play", "##ing", "##s", "'", "s", ".", "-", "toy"]
 ID = {token: index for index, token in enumerate(TOKENS)}
@@ -240,3 +249,54 @@ def test_hub_tokenizer_gives_its_vocabulary(monkeypatch, tokenizer, tmp_path):
     found = transformers.BertTokenizerFast.from_pretrained(str(tmp_path))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: found)
     assert load_tokenizer("some/bert").tokens == TOKENS
+
+
+# --- whole words -------------------------------------------------------------------------------
+
+CAPTIONS = ["A man's T-shirt is white-walled.", "The man isn't Mrs. Smith. He runs!"]
+
+
+def test_captions_are_split_as_nltk_splits_them():
+    assert caption_words(CAPTIONS[0]) == "a man 's t-shirt is white-walled .".split()
+    assert caption_words(CAPTIONS[1]) == "the man is n't mrs. smith . he runs !".split()
+
+
+def test_words_seen_often_enough_are_learnt_in_a_fixed_order():
+    words = learn_words([*CAPTIONS, "a man, a hat"], fewest=2)
+    assert words == ["<pad>", "<start>", "<end>", "<unk>", "a", "man", ".", "is"]
+    assert learn_words([], fewest=2) == words[:4]
+
+
+def test_whole_words_become_ids_between_start_and_end():
+    tokenizer = CaptionTokenizer(learn_words([*CAPTIONS, "a man, a hat"], fewest=2))
+    assert tokenizer.encode("A man is tall.", 90) == [1, 4, 5, 7, 3, 6, 2]
+    assert tokenizer.encode("A man is tall.", 4) == [1, 4, 5, 2]
+    assert tokenizer.encode_words("A man is tall.", 4) == [[4], [5]]
+    assert tokenizer.pad_id == 0
+
+
+def test_whole_words_are_augmented_like_pieces():
+    tokenizer = CaptionTokenizer(learn_words([*CAPTIONS, "a man, a hat"], fewest=2))
+    rng = np.random.default_rng(0)
+    words = [[4]] * 20_000
+    ids = tokenizer.augment(words, rng)[1:-1]
+    assert ids.count(3) / 20_000 == pytest.approx(0.1, abs=0.01)  # masked: <unk>
+    assert 1 - len(ids) / 20_000 == pytest.approx(0.08, abs=0.01)  # deleted
+    assert set(ids) <= {3, 4, 5, 6, 7}
+
+
+def test_a_saved_vocabulary_tells_which_tokenizer_it_is_of(tmp_path):
+    words = learn_words([*CAPTIONS, "a man, a hat"], fewest=1)
+    CaptionTokenizer(words).save(tmp_path)
+    loaded = load_tokenizer("tiny", vocab_file=tmp_path / "vocab.txt")
+    assert isinstance(loaded, CaptionTokenizer)
+    assert loaded.tokens == words
+    assert isinstance(checkpoint_tokenizer({"vocabulary": words}, "tiny"), CaptionTokenizer)
+    pieces = checkpoint_tokenizer({"vocabulary": learn_vocabulary(CAPTIONS)}, "tiny")
+    assert not isinstance(pieces, CaptionTokenizer)
+
+
+def test_missing_nltk_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    with pytest.raises(InputError, match="NLTK, which is not installed: pip install"):
+        caption_words("a man")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.batch import image_size
+
 CROP_SCALE = (0.6, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
 LOG_RATIO = tuple(np.log(CROP_RATIO).tolist())
@@ -31,11 +33,12 @@ def decode(path: str) -> np.ndarray | None:
 
 def random_crop_and_flip(
     pixels: Tensor,
-    img_res: int,
+    img_res: int | tuple[int, int],
     rng: np.random.Generator,
     full_size: tuple[int, int] | None = None,
+    resample: str = "bicubic",
 ) -> Tensor:
-    """Return a random crop of (3, H, W) pixels at (3, img_res, img_res), mirrored half the time.
+    """Return a random crop of (3, H, W) pixels at (3, *img_res), mirrored half the time.
 
     The crop is RandomResizedCrop's (Szegedy et al. 2015, as torchvision draws it): area uniform in
     0.6-1.0 of the image, log of the aspect ratio uniform in 3/4-4/3. Of an image that was shrunk,
@@ -46,7 +49,7 @@ def random_crop_and_flip(
     top, left, height, width = crop_box(*full_size, rng)
     rows = _rescaled(top, height, size[0], full_size[0])
     columns = _rescaled(left, width, size[1], full_size[1])
-    crop = resize(pixels[:, rows, columns], img_res, img_res)
+    crop = resize(pixels[:, rows, columns], *image_size(img_res), resample)
     return crop.flip(-1) if rng.random() < 0.5 else crop
 
 
@@ -70,8 +73,9 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def shrink(pixels: np.ndarray, img_res: int) -> np.ndarray:
+def shrink(pixels: np.ndarray, img_res: int | tuple[int, int]) -> np.ndarray:
     """Return (H, W, 3) pixels, smaller where no crop that can be drawn comes below img_res then."""
+    img_res = max(image_size(img_res))
     height, width = pixels.shape[:2]
     smallest = math.sqrt(height * width * CROP_SCALE[0] * CROP_RATIO[0])  # side of a drawn box
     factor = img_res / min(smallest, height, width)  # a very long image is cropped at its full side
@@ -82,9 +86,12 @@ def shrink(pixels: np.ndarray, img_res: int) -> np.ndarray:
     return np.ascontiguousarray(shrunk.permute(1, 2, 0).numpy())
 
 
-def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Return (3, H, W) uint8 pixels at (3, height, width): bicubic, antialiased, as PIL does it."""
+def resize(pixels: Tensor, height: int, width: int, resample: str = "bicubic") -> Tensor:
+    """Return (3, H, W) uint8 pixels at (3, height, width), antialiased, as PIL does it.
+
+    `resample` is the filter, "bicubic" or "bilinear".
+    """
     # PyTorch is fastest on interleaved pixels that lie together, flips and batches on planes
     batch = pixels[None].contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)
+    resized = F.interpolate(batch, size=(height, width), mode=resample, antialias=True)
     return resized[0].contiguous()

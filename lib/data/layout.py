@@ -49,11 +49,17 @@ def image_source(dataset: str) -> str:
     return IMAGE_SOURCES.get(dataset, "put them there or name their folder with --image_path")
 
 
-def dense_way_out(dataset: str, split: str) -> str:
+def describe_command(data_path: str | os.PathLike, dataset: str, split: str) -> str:
+    """Return the command that writes a split's dense texts."""
+    where = "" if Path(data_path) == Path("data") else f" --data_path {data_path}"
+    return f"python -m tools.describe --dataset {dataset} --split {split}{where}"
+
+
+def dense_way_out(data_path: str | os.PathLike, dataset: str, split: str) -> str:
     """Return the ways out where a split has no dense texts, or not all."""
     return (
-        f"python -m tools.describe --dataset {dataset} --split {split} writes them; or choose a "
-        "split that has them (--val_split test), or do without (--dense_side none)"
+        f"{describe_command(data_path, dataset, split)} writes them; or choose a split that has "
+        "them (--val_split test), or do without (--dense_side none)"
     )
 
 

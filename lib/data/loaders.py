@@ -153,6 +153,10 @@ class EvalLoader:
         )
         return EvalLoader(rest)
 
+    def tolerant(self) -> Iterator[tuple[Batch | None, list[str]]]:
+        """Yield (Batch, paths of the images that can't be decoded); None where no image is left."""
+        yield from watched(self._loader)
+
     def __iter__(self) -> Iterator[Batch]:
         for batch, bad_paths in watched(self._loader):
             _refuse(bad_paths)  # here, as a worker would wrap the sentence in a traceback

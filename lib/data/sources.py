@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lib.batch import image_size
 from lib.data.image_cache import ImageCache, PreparedImage
 from lib.data.images import CROP_RATIO, CROP_SCALE, decode, random_crop_and_flip, resize, shrink
 from lib.data.packed import PackedTexts
@@ -34,8 +35,17 @@ class Tokenizer(Protocol):
         """Return the ids of a caption with some of its words changed."""
 
 
+class ImageSource(Protocol):
+    """What reads the images of a split, row by row."""
+
+    def sample(self, row: int, rng: np.random.Generator | None = None) -> Sample:
+        """Return the sample of image `row`; `rng` draws the augmentation."""
+
+
 class ImageFolderSource:
     """Image files read as (3, img_res, img_res) uint8 RGB; row r is `files[r]`.
+
+    `img_res` may also be (height, width); `resample` is the filter that the image encoder likes.
 
     A `cache` keeps them resized, and what is read is the same to the bit. To `augment` it keeps
     them shrunk, so far that the smallest crop that can be drawn still has img_res pixels a side:
@@ -44,13 +54,23 @@ class ImageFolderSource:
     """
 
     def __init__(
-        self, files: Sequence[str], img_res: int, augment: bool, cache: ImageCache | None = None
+        self,
+        files: Sequence[str],
+        img_res: int | Sequence[int],
+        augment: bool,
+        cache: ImageCache | None = None,
+        resample: str = "bicubic",
     ) -> None:
         self.files = files
-        self.img_res = img_res
+        self.size = image_size(img_res)
+        self.resample = resample
         self.augment = augment
         self.cache = cache
-        self._settings = f"{img_res} {(CROP_SCALE, CROP_RATIO) if augment else 'whole'}"
+        square = self.size[0] == self.size[1]
+        self._settings = f"{self.size[0] if square else self.size} "
+        self._settings += str((CROP_SCALE, CROP_RATIO)) if augment else "whole"
+        if resample != "bicubic" and not augment:  # to be cropped, they are shrunk bicubic
+            self._settings += f" {resample}"
 
     def sample(self, row: int, rng: np.random.Generator | None = None) -> Sample:
         """Return the sample of image `row`, as `read` does; a bad one names its file."""
@@ -73,7 +93,8 @@ class ImageFolderSource:
         if not self.augment:
             return pixels
         pixels = pixels.permute(2, 0, 1)  # (3, H, W)
-        return random_crop_and_flip(pixels, self.img_res, rng, image.full_size).flip(0)
+        crop = random_crop_and_flip(pixels, self.size, rng, image.full_size, self.resample)
+        return crop.flip(0)
 
     def _prepare(self, path: str) -> PreparedImage | None:
         """Return what does not depend on chance: resized RGB (3, ...), to augment BGR (..., 3)."""
@@ -82,10 +103,11 @@ class ImageFolderSource:
             return None
         full_size = pixels.shape[:2]
         if not self.augment:
-            resized = resize(torch.from_numpy(pixels).permute(2, 0, 1), self.img_res, self.img_res)
+            planes = torch.from_numpy(pixels).permute(2, 0, 1)
+            resized = resize(planes, *self.size, self.resample)
             pixels = resized.flip(0).numpy()  # RGB, after resizing, where there is less to move
         elif self.cache is not None:
-            pixels = shrink(pixels, self.img_res)
+            pixels = shrink(pixels, self.size)
         return PreparedImage(pixels, full_size)
 
 
@@ -119,18 +141,33 @@ class RegionSource:
         return torch.from_numpy(pixels), length
 
 
+class Features(Protocol):
+    """What hands out features in the place of pixels; lib.data.features has the one in use."""
+
+    def source(self, files: Sequence[str], augment: bool) -> ImageSource:
+        """Return what reads the features of `files`; row r is of `files[r]`."""
+
+
 def image_source(
-    split: Split, img_res: int | None, augment: bool, cache: ImageCache | None = None
-) -> ImageFolderSource | RegionSource | None:
+    split: Split,
+    img_res: int | Sequence[int] | None,
+    augment: bool,
+    cache: ImageCache | None = None,
+    resample: str = "bicubic",
+    features: Features | None = None,
+) -> ImageSource | None:
     """Return what reads the split's images; `img_res` None is for a method without pixels.
 
-    Regions are not for the `cache`: they lie ready already.
+    Regions are not for the `cache`: they lie ready already. `features` take the place of pixels.
     """
     if img_res is None:
         return None
     if split.regions is not None:
         return RegionSource(split.regions)
-    return ImageFolderSource(PackedTexts(split.image_files), img_res, augment, cache)
+    files = PackedTexts(split.image_files)
+    if features is not None:
+        return features.source(files, augment)
+    return ImageFolderSource(files, img_res, augment, cache, resample)
 
 
 @dataclass
@@ -158,19 +195,21 @@ class TrainSet(Dataset):
         self,
         split: Split,
         tokenizer: Tokenizer,
-        img_res: int | None,
+        img_res: int | Sequence[int] | None,
         max_word: int,
         augment_images: bool = True,
         augment_words: bool = True,
         seed: int = 0,
         max_dense_word: int | None = None,
         cache: ImageCache | None = None,
+        resample: str = "bicubic",
+        features: Features | None = None,
     ) -> None:
         self.captions = PackedTexts(split.captions)
         self.caption_image = split.caption_image
         self.dense = _packed_dense(split, max_dense_word)
         self.tokenizer = tokenizer
-        self.source = image_source(split, img_res, augment_images, cache)
+        self.source = image_source(split, img_res, augment_images, cache, resample, features)
         self.max_word = max_word
         self.augment_words = augment_words
         self.seed = seed
@@ -202,14 +241,16 @@ class EvalImages(Dataset):
     def __init__(
         self,
         split: Split,
-        img_res: int | None,
+        img_res: int | Sequence[int] | None,
         tokenizer: Tokenizer | None = None,
         max_dense_word: int | None = None,
         cache: ImageCache | None = None,
+        resample: str = "bicubic",
+        features: Features | None = None,
     ) -> None:
         self.images = len(split.image_ids)
         self.dense = _packed_dense(split, max_dense_word)
-        self.source = image_source(split, img_res, augment=False, cache=cache)
+        self.source = image_source(split, img_res, False, cache, resample, features)
         self.tokenizer = tokenizer
         self.max_dense_word = max_dense_word
 

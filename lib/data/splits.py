@@ -85,7 +85,7 @@ def load_split(
         _check_images(root, files, dataset)
     dense = None
     if needs_dense:
-        way_out = dense_way_out(dataset, split)
+        way_out = dense_way_out(data_path, dataset, split)
         dense = _read_dense(dense_file(data_path, dataset, split), image_ids, names, way_out)
     rows = np.array([row_of[image_id] for image_id in line_ids], dtype=np.int64)
     return Split(dataset, split, captions, image_ids, files, rows, dense)
@@ -188,7 +188,7 @@ def _region_lengths(path: Path, images: int, width: int) -> np.ndarray:
 
 def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images: int) -> list[str]:
     path = region_dense_file(data_path, dataset, split)
-    return _texts_in_order(_dense_records(path, dense_way_out(dataset, split)), path, images)
+    return _texts_in_order(_dense_records(path, dense_way_out(data_path, dataset, split)), path, images)
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:

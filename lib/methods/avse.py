@@ -150,6 +150,8 @@ class AVSE(Method):
     and neither the asymmetry nor the cross-correlation term has anything to work on.
     """
 
+    takes_features = False
+
     def __init__(
         self,
         image_encoder: ImageEncoder,

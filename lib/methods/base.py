@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lib.batch import Batch, Rows, Tokens
 from lib.distributed import gather_rows, gather_tokens
+from lib.errors import InputError
 from lib.methods import pairs
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss
@@ -33,6 +34,7 @@ class Method(nn.Module):
     is_fused: bool = False  # True while the kernel scores the pairs: never with a graph
     may_leave_unused: bool = False  # True where a step can leave a parameter without gradient
     accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
+    takes_features: ClassVar[bool] = True  # reads the image encoder's last hidden state alone
 
     def __init__(
         self,
@@ -121,6 +123,11 @@ class Method(nn.Module):
         with nullcontext() if self.dense_gradient else pairs.without_graph(ids.device):
             return self.text_encoder(ids, lengths)
 
+    def leave_out_dense(self) -> None:
+        """Go on as under --dense_side none; InputError where the similarity needs dense texts."""
+        if self.dense_owner is not None:
+            raise InputError(f"a model of {self.name} can't do without them")
+
     def prepare_images(self, images: Tokens) -> Rows:
         """Return what `score` needs of images, each tensor with a row an image."""
         raise NotImplementedError
@@ -184,10 +191,7 @@ class Method(nn.Module):
         return self.losses(images, gather_tokens(texts), gather_rows(image_ids))
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
-        """Return the loss dictionary for this rank's `images` and all ranks' captions.
-
-        `image_ids` (B_t,) says which image each caption, and so each global row, belongs to.
-        """
+        """Return the losses of this rank's images and all captions; `image_ids` (B_t,): whose."""
         maps = self.loss_maps(images, texts, image_ids)
         alignment = self.criterion(maps["similarity"], image_ids)
         return {"loss": alignment, "alignment": alignment.detach()}

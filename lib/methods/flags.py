@@ -22,6 +22,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default="bert-base-uncased",
         help="text encoder: a Hugging Face id, a local folder, or tiny (from scratch)",
     )
+    group.add_argument(
+        "--text_encoder",
+        default="bert",
+        choices=["bert", "gru"],
+        help="gru: a bidirectional GRU over words learnt from the captions, as SCAN, VSE++ and "
+        "SGRAF had; --bert_path is then not used",
+    )
+    group.add_argument("--word_dim", type=int, default=300, help="embedding width of the GRU")
+    group.add_argument("--gru_dropout", type=float, default=0.4, help="of the GRU's embeddings")
     group.add_argument("--img_res", type=int, default=224, help="image side in pixels")
     group.add_argument(
         "--precomp",

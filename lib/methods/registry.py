@@ -9,6 +9,7 @@ from typing import Any
 from lib.errors import InputError
 from lib.flags import check_kinds
 from lib.methods.base import Method
+from lib.methods.encoder_flags import add_encoder_arguments, check_feature_cache, check_freeze
 from lib.methods.flags import add_common_arguments
 from lib.model.encoders import EncoderSource
 from lib.ranges import check_ranges
@@ -44,6 +45,7 @@ def get_method(name: str) -> type[Method]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what building a model needs: the flags methods share, then each method's own."""
     add_common_arguments(parser)
+    add_encoder_arguments(parser)
     for name in method_names():
         get_method(name).add_arguments(parser.add_argument_group(f"method {name}"))
 
@@ -91,6 +93,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--method {args.method} takes no precomputed regions: leave out --precomp, or "
             f"take one of {', '.join(able)}"
         )
+    check_feature_cache(args, method)
+    check_freeze(args)
     method.check_arguments(args)
 
 
@@ -119,5 +123,8 @@ def build_model(
         image_config=image_config,
         text_config=text_config,
         region_dim=args.region_dim if args.precomp else None,
+        gru=(args.word_dim, args.gru_dropout) if args.text_encoder == "gru" else None,
+        image_norm=args.image_norm,
+        freeze=args.freeze,
     )
     return get_method(args.method).from_args(args, source)

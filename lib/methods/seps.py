@@ -189,6 +189,11 @@ class SEPS(Method):
     def scores_repeat(self) -> bool:
         return self.selection != "gumbel" or not self.training
 
+    def leave_out_dense(self) -> None:
+        if self.dense_match is not None:
+            raise InputError("this checkpoint matches them with captions (--dense_match)")
+        self.guide = self.dense_owner = self.dense_head = None
+
     # --- once an image, once a caption ---------------------------------------------------------
 
     def prepare_images(self, images: Tokens) -> SEPSImages:

@@ -50,12 +50,21 @@ class SEPSReleased(LapsFamily):
         first, row = _first_equal(real).unique(return_inverse=True)
         return super()._encode_dense(owner, ids[first], lengths[first])[row]
 
-    def bucketed(self, texts: Tokens) -> CaptionsAndDense:
+    def leave_out_dense(self) -> None:
+        self.dense_owner = None  # what is left is LAPS on the caption
+
+    def bucketed(self, texts: Tokens) -> CaptionsAndDense | pairs.TextBuckets:
+        if texts.dense is None:
+            return super().bucketed(texts)
         first, row = _first_equal_text(texts.dense).unique(return_inverse=True)
         captions = pairs.bucketed(self, Tokens(texts.local, texts.mask))
         return CaptionsAndDense(captions, pairs.bucketed(self, texts.dense[first]), row)
 
-    def prepared_maps(self, images: SlimmedImages, texts: CaptionsAndDense) -> pairs.Maps:
+    def prepared_maps(
+        self, images: SlimmedImages, texts: CaptionsAndDense | pairs.TextBuckets
+    ) -> pairs.Maps:
+        if isinstance(texts, pairs.TextBuckets):
+            return super().prepared_maps(images, texts)
         captions = pairs.all_pairs(self, images, texts.captions)
         dense = pairs.all_pairs(self, images, texts.dense)
         return {key: values + dense[key][:, texts.row] for key, values in captions.items()}

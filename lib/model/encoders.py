@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from lib.model.backbones import (
     tiny_image_config,
     tiny_text_config,
 )
+from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
 from lib.model.preprocessing import Preprocessing, choose_preprocessing
 
@@ -25,12 +27,32 @@ def _projection(width: int, embed_size: int) -> nn.Module:
     return nn.Identity() if width == embed_size else nn.Linear(width, embed_size)
 
 
-class ImageEncoder(nn.Module):
+class _Freezable(nn.Module):
+    """An encoder whose backbone can be kept as it is: no gradient, no dropout."""
+
+    backbone: nn.Module
+    frozen: bool
+
+    def freeze(self) -> None:
+        """Keep the backbone's weights from now on; the projection goes on learning."""
+        self.frozen = True
+        self.backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> _Freezable:
+        """Set training mode, which a frozen backbone never enters."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+
+class ImageEncoder(_Freezable):
     """Any image backbone, then a projection to the joint space.
 
     pixels (B, 3, H, W) -> Tokens(local (B, L, C), cls (B, 1, C) or None), patches row by row in a
     `grid` of (rows, columns). uint8 pixels are scaled and normalised here, on the device, with what
-    `preprocessing` says; float pixels are taken as normalised already. `layout` tells what the
+    `preprocessing` says; float pixels are taken as normalised already, and (B, T, width) as the
+    backbone's last hidden state, computed before. `layout` tells what the
     backbone's output holds; its registers are never handed on. `img_res` is a side in pixels, or
     (height, width). Raises InputError where it does not suit the backbone.
     """
@@ -52,6 +74,7 @@ class ImageEncoder(nn.Module):
         mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+        self.frozen = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -80,7 +103,19 @@ class ImageEncoder(nn.Module):
 
     def hidden(self, pixels: Tensor) -> Tensor:
         """Return the backbone's last hidden state, (B, [CLS] + registers + L, width)."""
-        return image_tokens(self.backbone, self.normalise(pixels))
+        if pixels.ndim == 3:
+            return pixels.to(self.mean.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return image_tokens(self.backbone, self.normalise(pixels))
+
+    def digest(self) -> str:
+        """Return a hash of all that the hidden state of an image file depends on, 32 hex digits."""
+        facts = json.dumps([self.config(), self.img_res], sort_keys=True)
+        found = hashlib.blake2b(facts.encode(), digest_size=16)
+        for name, value in sorted(self.backbone.state_dict().items()):
+            found.update(name.encode())
+            found.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def forward(self, pixels: Tensor) -> Tokens:
         hidden = self.hidden(pixels)
@@ -94,7 +129,7 @@ class ImageEncoder(nn.Module):
         return Tokens(patches, patches.new_ones(patches.shape[:2], dtype=torch.bool), cls)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(_Freezable):
     """BERT, then a projection to the joint space.
 
     ids (B, M), lengths (B,) -> Tokens(local (B, M, C)); padding words are zero-masked out of the
@@ -106,6 +141,7 @@ class TextEncoder(nn.Module):
         self.backbone = backbone
         self.width = backbone.config.hidden_size
         self.max_positions = backbone.config.max_position_embeddings
+        self.frozen = False
         self.proj = _projection(self.width, embed_size)
 
     def config(self) -> dict:
@@ -114,7 +150,8 @@ class TextEncoder(nn.Module):
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return BERT's last hidden state, (B, M, width)."""
-        return self.backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tokens:
         mask = length_mask(lengths, ids.shape[1])
@@ -147,6 +184,11 @@ class RegionEncoder(nn.Module):
         else:
             mask = length_mask(lengths, regions.shape[1])
         return Tokens(self.proj(regions), mask)
+
+
+def image_filter(encoder: nn.Module | None) -> str:
+    """Return the filter that images of `encoder` are resized with; None and regions read none."""
+    return encoder.preprocessing.resample if isinstance(encoder, ImageEncoder) else "bicubic"
 
 
 PREPROCESSING = "preprocessing"  # key beside the backbone's own config in a checkpoint
@@ -224,7 +266,8 @@ class EncoderSource:
 
     `image_config`/`text_config` are config dictionaries of a checkpoint: with them nothing is
     looked up, and the weights stay random until the checkpoint's are loaded. `region_dim` says that
-    images come as precomputed regions of so many channels.
+    images come as precomputed regions of so many channels; `gru`, its (word_dim, dropout), that a
+    GRU reads the captions.
     """
 
     vit_type: str
@@ -240,19 +283,24 @@ class EncoderSource:
     text_config: dict | None = None
     region_dim: int | None = None
     image_norm: str | None = None
+    gru: tuple[int, float] | None = None
+    freeze: str = "none"  # image, text, both or none
 
     def image(self) -> ImageEncoder | RegionEncoder:
         """Return a new image encoder. Raises InputError as `load_backbone` does."""
         if self.region_dim is not None:
             return RegionEncoder(self.region_dim, self.embed_size)
         tiny = (self.tiny_width, self.tiny_layers, self.tiny_patch_size)
-        return build_image_encoder(
+        encoder = build_image_encoder(
             self.vit_type, self.embed_size, self.img_res, self.image_config, tiny, self.image_norm
         )
+        return self._as_asked(encoder, "image")
 
-    def text(self) -> TextEncoder:
+    def text(self) -> TextEncoder | GRUTextEncoder:
         """Return a new text encoder. Raises InputError as `load_backbone` does."""
-        return build_text_encoder(
+        if self.gru is not None:
+            return GRUTextEncoder(self.vocab_size, self.embed_size, *self.gru)
+        encoder = build_text_encoder(
             self.bert_path,
             self.embed_size,
             self.vocab_size,
@@ -260,3 +308,9 @@ class EncoderSource:
             self.text_config,
             (self.tiny_width, self.tiny_layers),
         )
+        return self._as_asked(encoder, "text")
+
+    def _as_asked(self, encoder: _Freezable, side: str) -> _Freezable:
+        if self.freeze in (side, "both"):
+            encoder.freeze()
+        return encoder

@@ -83,17 +83,26 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
     `lib.distributed` does.
     """
 
-    def forward(self, rows: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
+    def forward(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the normed rows; what `mask` (N, C) hides takes no part in the statistics."""
+        if not self.training or (mask is None and world_size() == 1):
             return super().forward(rows)
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.to(self.weight.dtype)
-            count = gather_rows(wide.new_full((1,), len(rows)), [1] * world_size()).sum()
-            mean = self._global_sum(wide) / count
-            variance = self._global_sum((wide - mean).square()) / count
+            hidden = None if mask is None else ~mask
+            count = self._count(wide, mask)
+            mean = self._global_sum(_without(wide, hidden)) / count.clamp(min=1)
+            centred = _without(wide - mean, hidden)
+            variance = self._global_sum(centred.square()) / count.clamp(min=1)
             self._track(mean.detach(), variance.detach(), count)
             normed = (wide - mean) * (variance + self.eps).rsqrt()
             return (normed * self.weight + self.bias).to(rows.dtype)
+
+    def _count(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Return how many values all ranks have, (1,), or with a mask of each channel, (C,)."""
+        if mask is not None:
+            return self._global_sum(mask.to(rows.dtype))
+        return gather_rows(rows.new_full((1,), len(rows)), [1] * world_size()).sum()
 
     @staticmethod
     def _global_sum(rows: Tensor) -> Tensor:
@@ -101,10 +110,15 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics; the variance they hold is the unbiased one."""
+        """Move the running statistics of what was seen; their variance is the unbiased one."""
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+        share = self.momentum * (count > 0).to(mean.dtype)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
+
+
+def _without(rows: Tensor, hidden: Tensor | None) -> Tensor:
+    return rows if hidden is None else rows.masked_fill(hidden, 0)
 
 
 class TokenHead(nn.Module):

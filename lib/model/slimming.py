@@ -164,6 +164,8 @@ class AggregationHead(nn.Module):
 class Aggregation(Rows):
     """What `selected_sums` and `PairTokens` need of images, a row each."""
 
+    recomputed = ("peaks", "gram")
+
     logits: Tensor  # (B_v, N_c, L)
     peaks: Tensor | None = None  # `peak_weights` of them, where they serve
     gram: Tensor | None = None  # `gram_matrix` of the patches, where it pays

@@ -1,0 +1,57 @@
+"""The flags that say how the encoders are read and trained, and what they ask of a method."""
+
+from __future__ import annotations
+
+import argparse
+
+from lib.errors import InputError
+
+FREEZE = ("none", "image", "text", "both")
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of both encoders that are not names."""
+    group = parser.add_argument_group("encoders")
+    group.add_argument(
+        "--image_norm",
+        default=None,
+        choices=["model", "imagenet"],
+        help="mean and std of pixels, filter of the resize: the image encoder's own "
+        "(preprocessor_config.json) or ImageNet's, bicubic; default: imagenet for vit and swin, as "
+        "the LAPS family does, model for others",
+    )
+    group.add_argument(
+        "--freeze",
+        default="none",
+        choices=FREEZE,
+        help="backbones that keep their pretrained weights",
+    )
+
+
+def check_freeze(args: argparse.Namespace) -> None:
+    """Raise InputError where `args.freeze` names a side that has no pretrained backbone."""
+    nothing = {
+        "image": "precomputed regions have no image encoder" if args.precomp else None,
+        "text": "a GRU has no pretrained weights" if args.text_encoder == "gru" else None,
+    }
+    for side, reason in nothing.items():
+        if reason and args.freeze in (side, "both"):
+            raise InputError(f"--freeze {args.freeze}: {reason} to keep; freeze the other side")
+
+
+def check_feature_cache(args: argparse.Namespace, method: type, training: bool = True) -> None:
+    """Raise InputError where `args.feature_cache` can't serve `method`, in `training` or at all."""
+    if not getattr(args, "feature_cache", None):
+        return
+    if args.precomp or not method.uses_pixels:
+        reads = "precomputed regions are" if args.precomp else f"--method {args.method} reads"
+        raise InputError(f"--feature_cache: {reads} no pixels to encode; leave it out")
+    if not method.takes_features:
+        raise InputError(
+            f"--feature_cache: --method {args.method} cuts into the image encoder, whose last "
+            "hidden state is all that the cache keeps; leave it out"
+        )
+    if training and args.freeze not in ("image", "both"):
+        raise InputError(
+            "--feature_cache keeps what a frozen image encoder says: add --freeze image (or both)"
+        )

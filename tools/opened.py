@@ -1,0 +1,181 @@
+"""What the tools open: a checkpoint that turns photos and texts into batches, and an index."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.batch import Batch
+from lib.checkpoints.checkpoint import restore_model
+from lib.checkpoints.payloads import read_payload
+from lib.data.loaders import Collate, image_loader
+from lib.data.sources import EvalImages, Sample
+from lib.data.splits import Split
+from lib.errors import InputError
+from lib.methods.base import Method
+from lib.retrieval.index import PictureIndex
+from lib.retrieval.result_files import file_digest
+from lib.retrieval.search import Searcher
+from lib.retrieval.shortlist import saved_shortlist
+from vocab import WordTokenizer, checkpoint_tokenizer
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --checkpoint, and what official checkpoints need beside it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", required=required, help="a model_best.pth, ours or official")
+    group.add_argument("--method", default=None, help="of an official checkpoint")
+    group.add_argument("--vit_path", default=None, help="folder with the image config.json")
+    group.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Opened:
+    """A model in evaluation mode with all that turns files and texts into its batches."""
+
+    model: Method
+    args: argparse.Namespace  # what it was trained with
+    tokenizer: WordTokenizer
+    device: torch.device
+    checkpoint: Path
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the checkpoint file."""
+        return file_digest(self.checkpoint)
+
+    @property
+    def dense_words(self) -> int:
+        return self.args.max_dense_word or self.args.max_word
+
+    def photos(
+        self,
+        files: Sequence[str],
+        dense: Sequence[str] | None = None,
+        batch_size: int = 32,
+        workers: int = 0,
+    ) -> Iterator[tuple[Batch | None, list[int], list[str]]]:
+        """Yield (images, their places in `files`, files that can't be decoded) batch by batch."""
+        split = Split("folder", "photos", [], list(files), list(files), np.empty(0, int), dense)
+        words = self.dense_words if self.model.dense_owner == "image" else None
+        images = EvalImages(split, self.args.img_res, self.tokenizer, words)
+        loader = image_loader(images, batch_size, range(len(images)), workers)
+        for batch, bad in loader.tolerant():
+            places = [] if batch is None else batch.image_ids.tolist()
+            yield batch, places, bad
+
+    def photo(self, file: str | Path, dense: str | None = None) -> Batch:
+        """Return one photo as a batch. Raises InputError where it can't be decoded."""
+        ((batch, _, bad),) = self.photos([str(file)], None if dense is None else [dense])
+        if bad:
+            raise InputError(f"{file} is no picture that can be decoded: give a JPEG or PNG file")
+        return batch
+
+    def blank(self) -> Batch:
+        """Return a black image, with a dense text where the model wants one."""
+        pixels = torch.zeros(3, self.args.img_res, self.args.img_res, dtype=torch.uint8)
+        wanted = self.model.dense_owner == "image"
+        words = self.tokenizer.encode("a", self.dense_words) if wanted else None
+        return Collate(self.tokenizer.pad_id)([Sample(0, pixels, dense_ids=words)])[0]
+
+    def captions(self, texts: Sequence[str], dense: str | None = None) -> Batch:
+        """Return captions as a batch; `dense` is for a method whose captions carry one."""
+        words = None
+        if self.model.dense_owner == "caption":
+            if dense is None:
+                raise InputError(
+                    f"{self.model.name} reads a dense text with each caption: give one with --dense"
+                )
+            words = self.tokenizer.encode(dense, self.dense_words)
+        samples = [
+            Sample(
+                0, ids=self.tokenizer.encode(text, self.args.max_word), dense_ids=words, caption=n
+            )
+            for n, text in enumerate(texts)
+        ]
+        return Collate(self.tokenizer.pad_id)(samples)[0]
+
+    def words(self, text: str) -> list[str]:
+        """Return the word pieces of a caption as the model reads them, [CLS] and [SEP] included."""
+        return [
+            self.tokenizer.tokens[one] for one in self.tokenizer.encode(text, self.args.max_word)
+        ]
+
+
+def open_checkpoint(
+    checkpoint: str | Path,
+    method: str | None = None,
+    vit_path: str | None = None,
+    bert_path: str | None = None,
+    device: str = "cpu",
+) -> Opened:
+    """Return the opened checkpoint. Raises InputError where that fails, or it reads no pixels."""
+    payload = read_payload(checkpoint)
+    model, args = restore_model(checkpoint, payload, method, vit_path, bert_path, device)
+    if args.precomp or not model.uses_pixels:
+        raise InputError(
+            f"{checkpoint} is a model of {'region features' if args.precomp else 'dense texts'}, "
+            "and photos are pixels: give the checkpoint of a model that reads those"
+        )
+    tokenizer = checkpoint_tokenizer(payload, bert_path or args.bert_path)
+    return Opened(model, args, tokenizer, torch.device(device), Path(checkpoint))
+
+
+def open_from_flags(args: argparse.Namespace) -> Opened:
+    """Return what --checkpoint and the flags beside it name."""
+    return open_checkpoint(args.checkpoint, args.method, args.vit_path, args.bert_path, args.device)
+
+
+def without_dense_text(opened: Opened, why: str) -> str:
+    """Let the model go on without dense texts, and return the sentence that says so.
+
+    Raises InputError where its checkpoint does not allow that.
+    """
+    hint = "python -m tools.describe makes them, --dense FILE.jsonl hands them in"
+    try:
+        opened.model.leave_out_dense()
+    except InputError as error:
+        raise InputError(f"{why} ({hint}), and {error}") from None
+    return f"{why} ({hint}): going on as --dense_side none, which finds less than with them"
+
+
+def open_searcher(args: argparse.Namespace) -> tuple[Searcher, Opened]:
+    """Return an index ready for queries, and the model that made it."""
+    found = PictureIndex.open(args.index)
+    opened = open_index_model(found, args)
+    if not len(found):
+        raise InputError(f"{args.index} holds no pictures: fill it, python -m tools.search index")
+    shortlist = saved_shortlist(found, args.faiss)
+    return Searcher(opened.model, found, shortlist, opened.blank(), opened.device), opened
+
+
+def open_index_model(found: PictureIndex, args: argparse.Namespace) -> Opened:
+    """Return the model that made an index.
+
+    Raises InputError where its checkpoint is gone, or is not the one that made it.
+    """
+    checkpoint = Path(args.checkpoint or found.manifest["checkpoint"])
+    if not checkpoint.exists():
+        raise InputError(
+            f"{checkpoint}, which made {found.folder}, is not there: name it with --checkpoint"
+        )
+    method = args.method or found.manifest["method"]
+    opened = open_checkpoint(checkpoint, method, args.vit_path, args.bert_path, args.device)
+    found.check({"checkpoint": str(checkpoint), "checkpoint_sha256": opened.digest})
+    if found.manifest["dense_side"] == "none" and opened.model.dense_owner is not None:
+        opened.model.leave_out_dense()
+    return opened
+
+
+def query_batch(opened: Opened, text: str) -> Batch:
+    """Return the query as a batch. Raises InputError where no word of it is known."""
+    pieces = opened.words(text)[1:-1]
+    if all(one == "[UNK]" for one in pieces):
+        raise InputError(f"no match: the model knows no word of {text!r}")
+    return opened.captions([text])
