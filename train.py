@@ -39,6 +39,7 @@ from lib.checkpoints.checkpoint import (
 from lib.data.features import FeatureCache
 from lib.data.fingerprint import fingerprint_differences, split_fingerprint
 from lib.data.image_cache import ImageCache
+from lib.data.model_tokenizer import ModelTokenizer
 from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
 from lib.methods.base import Method
@@ -101,6 +102,7 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
         cache = open_image_cache(args)
         training, validation = load_splits(args, log)
         tokenizer = training_tokenizer(args, training, validation)
+        suit_tokenizer(args, tokenizer, log)
         data = split_fingerprint(training)
         state = _saved_state(args, data)
         model = _model(args, tokenizer, state, device)
@@ -132,7 +134,7 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
 
 def training_tokenizer(
     args: argparse.Namespace, training: Split, validation: Split | None = None
-) -> WordTokenizer:
+) -> WordTokenizer | ModelTokenizer:
     """Return the tokenizer of --bert_path; for tiny and a GRU, a vocabulary learnt from texts.
 
     A GRU's words are those of the training captions and, as in SCAN, of dev's where dev chooses.
@@ -148,6 +150,20 @@ def training_tokenizer(
         return WordTokenizer(learn_vocabulary(texts))
     dev = validation.captions if validation is not None and validation.name == "dev" else []
     return CaptionTokenizer(learn_words([*texts, *dev]))
+
+
+def suit_tokenizer(
+    args: argparse.Namespace, tokenizer: WordTokenizer | ModelTokenizer, log: RunLog
+) -> None:
+    """Let the arguments agree with the tokenizer: its padding, and the longest text it makes."""
+    args.pad_id = tokenizer.pad_id
+    for flag in ("max_word", "max_dense_word"):
+        if tokenizer.longest is not None and getattr(args, flag) > tokenizer.longest:
+            log.say(
+                f"--{flag} {getattr(args, flag)}: texts are cut at {tokenizer.longest} tokens, the "
+                f"longest that {args.bert_path} reads"
+            )
+            setattr(args, flag, tokenizer.longest)
 
 
 def _model(
@@ -220,7 +236,7 @@ def _payload(
     return model_payload(
         trainer.model,
         args,
-        tokenizer.tokens,
+        tokenizer.vocabulary,
         epoch=progress.epoch,
         step=progress.step,
         best_rsum=progress.best_rsum,

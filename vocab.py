@@ -1,4 +1,4 @@
-"""Caption string -> word ids: BERT's lower-cased WordPiece, with its or a learnt vocabulary."""
+"""Caption string -> word ids: BERT's lower-cased WordPiece, learnt words, or a model's own."""
 
 from __future__ import annotations
 
@@ -15,17 +15,27 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from lib.data.model_tokenizer import ModelTokenizer
+from lib.data.word_augment import WordAugment
 from lib.errors import InputError
+from lib.files import read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TOKENIZER_FILES = (  # one of them is in every folder that holds a tokenizer
+    "vocab.txt",
+    "tokenizer.json",
+    "vocab.json",
+    "spm.model",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
 CAPTION_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0 to 3 of a learnt word list
 FEWEST_TIMES = 4  # that a word occurs, to be in that list
-AUGMENT_RATE = 0.2  # chance that a word is masked, replaced or deleted
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bmr\.)(?<!\bmrs\.)(?<!\bdr\.)(?<!\bst\.)\s+")
-MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the chosen words; the rest are deleted
 
 
-class WordTokenizer:
+class WordTokenizer(WordAugment):
     """BERT's uncased WordPiece over `tokens`, the vocabulary in id order.
 
     The pipeline is built here whatever the vocabulary came from, so that the ids depend neither on
@@ -44,7 +54,24 @@ class WordTokenizer:
             vocabulary[token] for token in SPECIAL_TOKENS
         )
         special = [vocabulary[token] for token in SPECIAL_TOKENS]
-        self._ordinary = np.setdiff1d(np.arange(len(self.tokens)), special)
+        self.ordinary = np.setdiff1d(np.arange(len(self.tokens)), special)
+
+    longest: int | None = None  # the encoder's positions are the only limit
+
+    @property
+    def prefix(self) -> list[int]:
+        """[CLS], which stands before a caption."""
+        return [self.cls_id]
+
+    @property
+    def suffix(self) -> list[int]:
+        """[SEP], which stands behind a caption."""
+        return [self.sep_id]
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """What `tokenizer_of` rebuilds the tokenizer from: the tokens in the order of their ids."""
+        return self.tokens
 
     @property
     def vocab_size(self) -> int:
@@ -73,35 +100,11 @@ class WordTokenizer:
             previous = word
         return words
 
-    def augment(self, words: Sequence[Sequence[int]], rng: np.random.Generator) -> list[int]:
-        """Return the ids [CLS] … [SEP] of a caption with some of its whole words changed.
-
-        Each word is chosen with probability 0.2; of the chosen, half become [MASK] and a tenth
-        random ordinary tokens (one for each sub-token), the rest are deleted. A caption that would
-        lose all its words stays as it is.
-        """
-        kept: list[int] = []
-        for word in words:
-            kept.extend(self._augment_word(word, rng))
-        if not kept:
-            kept = [token for word in words for token in word]
-        return [self.cls_id, *kept, self.sep_id]
-
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `vocab.txt`, which `load_tokenizer` reads back, into `folder`; return its path."""
         path = Path(folder) / "vocab.txt"
         path.write_text("".join(f"{token}\n" for token in self.tokens), encoding="utf-8")
         return path
-
-    def _augment_word(self, word: Sequence[int], rng: np.random.Generator) -> Sequence[int]:
-        draw = rng.random() / AUGMENT_RATE  # uniform in [0, 1) for the words that are chosen
-        if draw >= 1:
-            return word
-        if draw < MASK_SHARE:
-            return [self.mask_id] * len(word)
-        if draw < MASK_SHARE + RANDOM_SHARE and len(self._ordinary):
-            return rng.choice(self._ordinary, size=len(word)).tolist()
-        return []
 
 
 class CaptionTokenizer(WordTokenizer):
@@ -115,7 +118,7 @@ class CaptionTokenizer(WordTokenizer):
         self.tokens = list(tokens)
         self._ids = {token: index for index, token in enumerate(self.tokens)}
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = range(len(CAPTION_TOKENS))
-        self._ordinary = np.arange(len(CAPTION_TOKENS), len(self.tokens))
+        self.ordinary = np.arange(len(CAPTION_TOKENS), len(self.tokens))
 
     def encode(self, text: str, max_word: int) -> list[int]:
         """Return the ids <start> … <end>, at most `max_word` of them; a cut keeps <end>."""
@@ -153,11 +156,14 @@ def learn_words(captions: Iterable[str], fewest: int = FEWEST_TIMES) -> list[str
     return [*CAPTION_TOKENS, *(word for word in _frequent(counts) if counts[word] >= fewest)]
 
 
-def load_tokenizer(bert_path: str, vocab_file: str | os.PathLike | None = None) -> WordTokenizer:
+def load_tokenizer(
+    bert_path: str, vocab_file: str | os.PathLike | None = None
+) -> WordTokenizer | ModelTokenizer:
     """Return the tokenizer of `--bert_path`: a local folder or a hub id.
 
-    `vocab_file`, the vocab.txt of a run folder, goes before `bert_path`. Raises InputError where no
-    BERT vocabulary can be read.
+    Uncased BERT's WordPiece is run by `WordTokenizer`, which gives the LAPS family's ids; any other
+    model's is its own. `vocab_file`, the vocab.txt of a run folder, goes before `bert_path`. Raises
+    InputError where no tokenizer can be read.
     """
     if vocab_file is not None:
         return tokenizer_of(_read_vocab_txt(Path(vocab_file)), str(vocab_file))
@@ -167,19 +173,25 @@ def load_tokenizer(bert_path: str, vocab_file: str | os.PathLike | None = None) 
             "in the run folder; there is none here"
         )
     folder = Path(bert_path).expanduser()
-    if folder.exists() or bert_path[:1] in (".", "/", "~"):
-        return WordTokenizer(_local_tokens(folder, bert_path), f"--bert_path {bert_path}")
-    return WordTokenizer(_hub_tokens(bert_path), f"--bert_path {bert_path}")
+    if not folder.exists() and bert_path[:1] not in (".", "/", "~"):
+        return _hub_tokenizer(bert_path)
+    if _has_own_tokenizer(folder, bert_path):
+        return ModelTokenizer.of_model(str(folder))
+    return WordTokenizer(_local_tokens(folder, bert_path), f"--bert_path {bert_path}")
 
 
-def checkpoint_tokenizer(payload: dict[str, Any], bert_path: str) -> WordTokenizer:
+def checkpoint_tokenizer(payload: dict[str, Any], bert_path: str) -> WordTokenizer | ModelTokenizer:
     """Return the tokenizer of a checkpoint: its own vocabulary, or that of `bert_path`."""
     words = payload.get("vocabulary")
     return load_tokenizer(bert_path) if words is None else tokenizer_of(words, "the checkpoint")
 
 
-def tokenizer_of(tokens: Sequence[str], source: str = "vocabulary") -> WordTokenizer:
-    """Return the tokenizer that a saved vocabulary belongs to: whole words, or BERT's pieces."""
+def tokenizer_of(
+    tokens: Sequence[str] | dict[str, Any], source: str = "vocabulary"
+) -> WordTokenizer | ModelTokenizer:
+    """Return the tokenizer of a saved vocabulary: whole words, BERT's pieces, or a model's own."""
+    if isinstance(tokens, dict):
+        return ModelTokenizer(tokens, source)
     whole_words = tuple(tokens[: len(CAPTION_TOKENS)]) == CAPTION_TOKENS
     return CaptionTokenizer(tokens) if whole_words else WordTokenizer(tokens, source)
 
@@ -220,39 +232,54 @@ def _read_vocab_txt(path: Path) -> list[str]:
         raise InputError(f"{path}: the vocabulary can't be read ({error})") from None
 
 
-def _local_tokens(folder: Path, bert_path: str) -> list[str]:
+def _has_own_tokenizer(folder: Path, bert_path: str) -> bool:
+    """Return whether a local folder holds another tokenizer than uncased BERT's.
+
+    Raises InputError where it holds none, or one that can't be read.
+    """
     if not folder.is_dir():
         raise InputError(f"--bert_path {bert_path}: no such folder")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"--bert_path {bert_path}: the folder holds neither vocab.txt nor tokenizer.json; "
+            "copy the text encoder's tokenizer files into it"
+        )
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return not is_uncased_wordpiece(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: the tokenizer can't be read ({error!r:.160})") from None
+    if not (folder / "vocab.txt").is_file():
+        return True
+    cased = read_json(folder / "tokenizer_config.json").get("do_lower_case") is False
+    return cased or "<s>" in _read_vocab_txt(folder / "vocab.txt")  # as MPNet's
+
+
+def is_uncased_wordpiece(pipeline: dict[str, Any]) -> bool:
+    """Return whether a tokenizer.json is uncased BERT's: its pieces and its lower-casing."""
+    normalizer = pipeline.get("normalizer") or {"lowercase": True}
+    vocabulary = pipeline["model"].get("vocab", {})
+    wordpiece = pipeline["model"].get("type") == "WordPiece"
+    return wordpiece and normalizer.get("lowercase", False) and "<s>" not in vocabulary
+
+
+def _local_tokens(folder: Path, bert_path: str) -> list[str]:
     if (folder / "vocab.txt").is_file():
         return _read_vocab_txt(folder / "vocab.txt")
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(
-            f"--bert_path {bert_path}: the folder holds neither vocab.txt nor tokenizer.json; "
-            "copy BERT's vocab.txt into it"
-        )
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model"]["type"]
         vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
         raise InputError(f"{path}: the tokenizer can't be read ({error!r:.160})") from None
-    if kind != "WordPiece":
-        raise InputError(f"{path}: a {kind} tokenizer, but BERT's WordPiece is needed")
     return _in_id_order(vocabulary, str(path))
 
 
-def _hub_tokens(bert_path: str) -> list[str]:
-    from transformers import AutoTokenizer  # slow to import, and only needed here
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(bert_path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"--bert_path {bert_path}: neither a local folder nor a model that the hub hands out "
-            f"here; give a local folder with BERT's vocab.txt, or tiny ({reason:.160})"
-        ) from None
-    return _in_id_order(tokenizer.get_vocab(), f"--bert_path {bert_path}")
+def _hub_tokenizer(bert_path: str) -> WordTokenizer | ModelTokenizer:
+    own = ModelTokenizer.of_model(bert_path)
+    if not is_uncased_wordpiece(json.loads(own.vocabulary["tokenizer"])):
+        return own
+    return WordTokenizer(own.tokens, f"--bert_path {bert_path}")
 
 
 def _in_id_order(vocabulary: dict[str, int], source: str) -> list[str]:

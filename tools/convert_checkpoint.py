@@ -46,7 +46,7 @@ def convert(args: argparse.Namespace) -> int:
     model, trained = restore_model(args.checkpoint, source, args.method, *paths)
     words = source.get("vocabulary")
     if words is None:
-        words = load_tokenizer(trained.bert_path).tokens
+        words = load_tokenizer(trained.bert_path).vocabulary
     payload = model_payload(model, trained, words)
     (write_safetensors if out.suffix == SAFETENSORS else save_payload)(out, payload)
     print(f"written to {args.out}")

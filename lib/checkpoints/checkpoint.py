@@ -65,7 +65,10 @@ def _reason(error: BaseException) -> str:
 
 
 def model_payload(
-    model: Method, args: argparse.Namespace, vocabulary: list[str] | None, **facts: Any
+    model: Method,
+    args: argparse.Namespace,
+    vocabulary: list[str] | dict[str, Any] | None,
+    **facts: Any,
 ) -> dict[str, Any]:
     """Return what rebuilds the model anywhere, without a model hub: weights, flags, configs, words.
 

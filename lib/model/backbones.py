@@ -6,6 +6,7 @@ import inspect
 import os
 from pathlib import Path
 
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel, ViTConfig
@@ -22,6 +23,8 @@ HUB_IDS = {
     "swin_384": "microsoft/swin-base-patch4-window12-384",
 }
 HUB_OWNERS = {"vit-": "google/", "swin-": "microsoft/"}  # owners of names given without one
+# towers that AutoModel does not know
+TOWERS = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 INPUTS = {"--vit_type": "pixel_values", "--bert_path": "input_ids"}  # what each side must read
 KNOWN = {  # named in messages; others work where their outputs say enough
     "--vit_type": "vit, deit, beit, dinov2, dinov2_with_registers, dinov3_vit, swin, swinv2, clip, "
@@ -148,10 +151,11 @@ def _pretrained(
 
 def _model_class(config: PretrainedConfig, source, flag: str) -> type[PreTrainedModel]:
     """Return the class that AutoModel takes for `config`; InputError where it suits no side."""
-    kind = MODEL_MAPPING.get(type(config), None)
+    kind = getattr(transformers, TOWERS.get(config.model_type, ""), None)
+    kind = kind or MODEL_MAPPING.get(type(config), None)
     kind = kind[0] if isinstance(kind, tuple) else kind
-    reads = getattr(kind, "main_input_name", None)
-    if reads != INPUTS[flag] or getattr(config, "is_encoder_decoder", False):
+    reads = [] if kind is None else inspect.signature(kind.forward).parameters
+    if INPUTS[flag] not in reads or getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"{flag} {source}: model type {config.model_type!r} is not supported; "
             f"choose one of {KNOWN[flag]}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lib.batch import Tokens, image_size, length_mask
 from lib.errors import InputError
 from lib.model.backbones import (
+    freeze_unreached,
     hub_id,
     load_backbone,
     saved_config,
@@ -21,6 +22,7 @@ from lib.model.backbones import (
 from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
 from lib.model.preprocessing import Preprocessing, choose_preprocessing
+from lib.model.text_backbones import most_positions, text_hidden
 
 
 def _projection(width: int, embed_size: int) -> nn.Module:
@@ -130,17 +132,21 @@ class ImageEncoder(_Freezable):
 
 
 class TextEncoder(_Freezable):
-    """BERT, then a projection to the joint space.
+    """Any text backbone, then a projection to the joint space.
 
     ids (B, M), lengths (B,) -> Tokens(local (B, M, C)); padding words are zero-masked out of the
-    attention, and their features are whatever BERT gives: the mask says which are real.
+    attention, and their features are whatever the backbone gives: the mask says which are real.
+    `pad_id` is the tokenizer's padding, which some families' attention reads.
     """
 
-    def __init__(self, backbone: nn.Module, embed_size: int) -> None:
+    def __init__(self, backbone: nn.Module, embed_size: int, pad_id: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
+        self.pad_id = pad_id
         self.width = backbone.config.hidden_size
-        self.max_positions = backbone.config.max_position_embeddings
+        self.max_positions = most_positions(backbone)
+        unread = next(backbone.parameters()).new_ones(1, 2, dtype=torch.long)
+        freeze_unreached(backbone, text_hidden(backbone, unread, unread > 0, pad_id))
         self.frozen = False
         self.proj = _projection(self.width, embed_size)
 
@@ -149,9 +155,9 @@ class TextEncoder(_Freezable):
         return plain_config(self.backbone)
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return BERT's last hidden state, (B, M, width)."""
+        """Return the backbone's last hidden state, (B, M, width)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            return text_hidden(self.backbone, ids, mask, self.pad_id)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tokens:
         mask = length_mask(lengths, ids.shape[1])
@@ -235,10 +241,11 @@ def build_text_encoder(
     max_word: int,
     config: dict | None = None,
     tiny: tuple[int, int] = (64, 2),
+    pad_id: int = 0,
 ) -> TextEncoder:
     """Return the text encoder for `--bert_path`; `config` (a saved one) asks for random weights.
 
-    Raises InputError where `max_word` exceeds BERT's positions or the vocabularies disagree.
+    Raises InputError where `max_word` exceeds the positions or the vocabularies disagree.
     """
     if config is not None:
         source = saved_config(config)
@@ -246,7 +253,7 @@ def build_text_encoder(
         source = tiny_text_config(vocab_size, *tiny, positions=max_word)
     else:
         source = hub_id(bert_path)
-    encoder = TextEncoder(load_backbone(source, "--bert_path"), embed_size)
+    encoder = TextEncoder(load_backbone(source, "--bert_path"), embed_size, pad_id)
     if vocab_size > encoder.backbone.config.vocab_size:
         raise InputError(
             f"--bert_path {bert_path}: the vocabulary has {vocab_size} words, "
@@ -284,6 +291,7 @@ class EncoderSource:
     region_dim: int | None = None
     image_norm: str | None = None
     gru: tuple[int, float] | None = None
+    pad_id: int = 0  # of the tokenizer
     freeze: str = "none"  # image, text, both or none
 
     def image(self) -> ImageEncoder | RegionEncoder:
@@ -307,6 +315,7 @@ class EncoderSource:
             self.max_word,
             self.text_config,
             (self.tiny_width, self.tiny_layers),
+            self.pad_id,
         )
         return self._as_asked(encoder, "text")
 

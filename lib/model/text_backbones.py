@@ -1,0 +1,33 @@
+"""How each family of text backbones is called on padded word ids, and how long a text may be."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+WHOLE_LENGTH = ("siglip_text_model", "siglip2_text_model")  # trained on padding, without a mask
+PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # count from behind padding's
+ENDLESS = 10**6  # for backbones that know no longest text
+
+
+def text_hidden(backbone: nn.Module, ids: Tensor, mask: Tensor, pad_id: int) -> Tensor:
+    """Return the last hidden state of word ids (B, M), (B, M, width); `mask` is True where real.
+
+    SigLIP's towers were trained on texts padded to all their positions and attend to the padding,
+    so that is what they get here, whatever M is: a caption's features depend on no batch-mate.
+    """
+    if backbone.config.model_type not in WHOLE_LENGTH:
+        return backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    width = ids.shape[1]
+    whole = ids.masked_fill(~mask, pad_id)
+    whole = pad(whole, (0, most_positions(backbone) - width), value=pad_id)  # (B, positions)
+    return backbone(input_ids=whole).last_hidden_state[:, :width]
+
+
+def most_positions(backbone: nn.Module) -> int:
+    """Return the longest text in tokens, special ones included, that the backbone can read."""
+    config = backbone.config
+    positions = getattr(config, "max_position_embeddings", None) or ENDLESS
+    if config.model_type in PADDED_POSITIONS:
+        positions -= config.pad_token_id + 1
+    return positions
