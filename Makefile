@@ -13,7 +13,7 @@ help:
 	@echo "make demo        install, draw the data set 'scenes', train SEPS on it, evaluate"
 	@echo "make test        install, run the tests (make test-all: the slow ones too)"
 	@echo "make lint        ruff check and format check"
-	@echo "make figure      draw imgs/kept_patches.png from the demo's checkpoint"
+	@echo "make figure      draw what the model sees into imgs/, from the demo's checkpoint"
 	@echo "make compare     train and evaluate every method, three seeds (hours): runs/compare/README.md"
 	@echo "make tensorboard curves of every run"
 
@@ -51,8 +51,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-figure: $(VENV)/.installed
-	$(BIN)/python -m tools.draw_patches --checkpoint runs/demo/model_best.pth --out imgs/kept_patches.png
+figure: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.visualize --checkpoint runs/demo/model_best.pth --image 4200 --out imgs --name seps
 
 compare: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.compare --dataset scenes

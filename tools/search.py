@@ -6,17 +6,17 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from lib.batch import Batch
 from lib.data.splits import parse_dense, text_lines
 from lib.errors import InputError
+from lib.flags import Parser
+from lib.program import program, run_program
 from lib.retrieval.index import Part, PictureIndex, Plan, find_pictures, merge_indices
 from lib.retrieval.records import STORES
 from lib.retrieval.search import QUERY_MAP, SHORTLIST, Hit, Searcher, fill_index, vector_dimension
@@ -36,23 +36,17 @@ CAPTIONS_AT_ONCE = 128
 FITTED_TO = 192  # captions
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the subcommand says; return the exit code: 0, or 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        {"index": index, "query": query, "merge": merge}[args.command](args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    {"index": index, "query": query, "merge": merge}[args.command](args)
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of the three subcommands."""
-    whole = argparse.ArgumentParser("tools.search", description=__doc__)
+    whole = Parser("tools.search", description=__doc__)
     commands = whole.add_subparsers(dest="command", required=True)
     _add_index(commands.add_parser("index", help="read a folder of pictures into an index"))
     _add_query(commands.add_parser("query", help="find pictures, or captions for a picture"))
@@ -344,5 +338,4 @@ def print_captions(searcher: Searcher, opened: Opened, args: argparse.Namespace)
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    sys.exit(main())
+    run_program(main)

@@ -13,6 +13,7 @@ from lib.batch import Batch, Rows, Tokens
 from lib.distributed import gather_rows, gather_tokens
 from lib.errors import InputError
 from lib.methods import pairs
+from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss
 
@@ -156,8 +157,8 @@ class Method(nn.Module):
         """Return the similarity of the pairs (rows[p], columns[p]) alone, (P,)."""
         return pairs.chosen_pairs(self, images, self.prepare_texts(texts), rows, columns)
 
-    def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor | None:
-        """Return which patches each pair keeps, bool (B_v, B_t, L); None where all take part."""
+    def patch_choice(self, images: Tokens, texts: Tokens) -> PatchChoice | None:
+        """Return which patches each pair keeps, and why; None where all take part."""
         return None
 
     def similarity(self, images: Tokens, texts: Tokens) -> Tensor:

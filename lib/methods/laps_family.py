@@ -13,6 +13,7 @@ from lib.methods.base import Method
 from lib.methods.flags import check_slimming
 from lib.model import kernels
 from lib.model.alignment import best_affinities, mean_of_best
+from lib.model.choice import PatchChoice
 from lib.model.encoders import ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss, ratio_loss
 from lib.model.slimming import LapsNetwork, SlimmedImages, TextSummary, summarise_text
@@ -102,9 +103,12 @@ class LapsFamily(Method):
             self.network.kept,
         )
 
-    def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
-        embeddings = self.prepare_texts(texts).embedding
-        return self.network.select(self.prepare_images(images), embeddings)[1]
+    def patch_choice(self, images: Tokens, texts: Tokens) -> PatchChoice:
+        prepared, embeddings = self.prepare_images(images), self.prepare_texts(texts).embedding
+        scores, kept = self.network.select(prepared, embeddings)
+        own = prepared.own[:, None].expand_as(scores)
+        parts = {"cosine with the image": own, "cosine with the caption": scores - own}
+        return PatchChoice({"sparse": kept}, {"sparse": scores, **parts})
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
         losses = super().losses(images, texts, image_ids)

@@ -15,12 +15,14 @@ from lib.methods.flags import check_slimming
 from lib.methods.registry import register_method
 from lib.model import kernels
 from lib.model.alignment import DenseMatch, MatchRows, Relevance, best_affinities, relevance_aware
+from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
-from lib.model.gram import PairTokens, PatchSums, unit
+from lib.model.gram import PairTokens, unit
 from lib.model.losses import AlignmentLoss, ratio_loss
 from lib.model.slimming import (
     Aggregation,
     AggregationHead,
+    Branch,
     PatchScore,
     TextSummary,
     aggregated_count,
@@ -37,6 +39,7 @@ from lib.model.slimming import (
     selected_sums,
     summarise_text,
     top_k_mask,
+    with_weights,
 )
 
 DENSE_WEIGHT = 0.1  # where the learnt weight of --dense_match starts
@@ -198,8 +201,7 @@ class SEPS(Method):
 
     def prepare_images(self, images: Tokens) -> SEPSImages:
         patches = images.local.detach() if self.detach_patches else images.local  # (B_v, L, C)
-        with torch.no_grad():
-            s_im = min_max(own_scores(patches, masked_mean(patches, images.mask)))
+        s_im = self._image_score(patches, images.mask)
         # the part of eq. 3 that no text changes, for both branches
         base = (1 - 2 * self.beta) * self.patch_score(patches) + self.beta * s_im  # (B_v, L)
         made = aggregation(self.sparse_head, patches, self.is_fused)
@@ -218,6 +220,11 @@ class SEPS(Method):
         if self.dense_match is not None:
             prepared.match = self.dense_match.prepare(images.dense)
         return prepared
+
+    @torch.no_grad()
+    def _image_score(self, patches: Tensor, mask: Tensor) -> Tensor:
+        """Return s^im of eq. 2, (B_v, L)."""
+        return min_max(own_scores(patches, masked_mean(patches, mask)))
 
     def _image_dense(
         self, patches: Tensor, base: Tensor, dense: Tokens
@@ -272,11 +279,11 @@ class SEPS(Method):
         maps["kept_sparse"] = sparse.kept
         sums, masks = [sparse.local, sparse.dropped], [sparse.drops[..., None]]
         if self.guide == "image":
-            sums[0] = _with_weights(sparse.local, images.image_dense.weights[:, None])
+            sums[0] = with_weights(sparse.local, images.image_dense.weights[:, None])
         elif self.guide == "caption":
             dense = self._branch(images, images.caption_dense, texts.dense_embedding)
             maps["kept_dense"] = dense.kept
-            sums[0] = _with_weights(sparse.local, _with_weights(dense.local, 0).weights)
+            sums[0] = with_weights(sparse.local, with_weights(dense.local, 0).weights)
             sums.append(dense.dropped)
             masks.append(dense.drops[..., None])
         masks.insert(0, sparse.drops.new_ones(*shape, sums[0].weights.shape[2]))
@@ -335,11 +342,26 @@ class SEPS(Method):
             return gumbel_decision(significance, self.gumbel_tau)
         return top_k_mask(significance.detach(), self.kept)
 
-    def kept_patches(self, images: Tokens, texts: Tokens) -> Tensor:
-        """Return which patches each pair's sparse branch keeps, bool (B_v, B_t, L)."""
-        prepared = self.prepare_images(images)
-        significance = self._significance(prepared, self.prepare_texts(texts).embedding)
-        return top_k_mask(significance, self.kept)
+    @torch.no_grad()
+    def patch_choice(self, images: Tokens, texts: Tokens) -> PatchChoice:
+        prepared, captions = self.prepare_images(images), self.prepare_texts(texts)
+        shape, patches = (len(images), len(texts), -1), prepared.patches
+        parts = {
+            "s^p": self.patch_score(patches)[:, None].expand(shape),
+            "s^im": self._image_score(patches, images.mask)[:, None].expand(shape),
+            "s^st": min_max(global_scores(patches, captions.embedding)),
+        }
+        if self.guide == "image":
+            dense = masked_mean(images.dense.local, images.dense.mask)
+            parts["s^dt"] = min_max(own_scores(patches, dense))[:, None].expand(shape)
+        elif self.guide == "caption":
+            parts["s^dt"] = min_max(global_scores(patches, captions.dense_embedding))
+        texts_of = {"sparse": "s^st", "dense": "s^dt"}
+        named = {branch: parts[one] for branch, one in texts_of.items() if one in parts}
+        base = prepared.base[:, None]
+        scores = {branch: base + self.beta * one for branch, one in named.items()}
+        kept = {branch: top_k_mask(one, self.kept) for branch, one in scores.items()}
+        return PatchChoice(kept, {**scores, **parts})
 
     # --- training ------------------------------------------------------------------------------
 
@@ -358,23 +380,6 @@ class SEPS(Method):
         if "kept_dense" in maps:
             losses["kept_dense"] = maps["kept_dense"].detach().mean()
         return losses
-
-
-@dataclass
-class Branch:
-    """What one text chose: sums of kept and of dropped patches, the kept share, if any dropped."""
-
-    local: PatchSums  # N_c tokens
-    dropped: PatchSums  # the fused token
-    kept: Tensor  # (B_v, T) in [0, 1]
-    drops: Tensor  # (B_v, T) bool
-
-
-def _with_weights(sums: PatchSums, weights: Tensor | int) -> PatchSums:
-    """Return the sums with more weights on the same patches, (B_v, T or 1, N, L)."""
-    if sums.mass is None:
-        return PatchSums(sums.weights + weights)
-    return PatchSums(sums.weights / sums.mass[..., None] + weights)
 
 
 def _dense_owner(dense_side: str, dense_match: str) -> str | None:

@@ -142,6 +142,23 @@ def dropped_sum(scores: Tensor, decision: Tensor) -> PatchSums:
     return PatchSums(selected_softmax(scores, invert(decision))[:, :, None])
 
 
+@dataclass
+class Branch:
+    """What one text chose: sums of kept and of dropped patches, the kept share, if any dropped."""
+
+    local: PatchSums  # N_c tokens
+    dropped: PatchSums  # the fused token
+    kept: Tensor  # (B_v, T) in [0, 1]
+    drops: Tensor  # (B_v, T) bool
+
+
+def with_weights(sums: PatchSums, weights: Tensor | int) -> PatchSums:
+    """Return the sums with more weights on the same patches, (B_v, T or 1, N, L)."""
+    if sums.mass is None:
+        return PatchSums(sums.weights + weights)
+    return PatchSums(sums.weights / sums.mass[..., None] + weights)
+
+
 class AggregationHead(nn.Module):
     """Aggregation logits of a patch, once an image: (B_v, L, C) -> (B_v, N_c, L).
 

@@ -91,11 +91,11 @@ class KeptPatchStrip:
         training = model.training
         model.eval()
         tokens = model.encode_image_batch(self.images)
-        kept = model.kept_patches(tokens, model.encode_text_batch(self.captions))
+        choice = model.patch_choice(tokens, model.encode_text_batch(self.captions))
         model.train(training)
-        if kept is None:
+        if choice is None:
             return None
-        rows = kept.diagonal(dim1=0, dim2=1).T.cpu().numpy()  # (pairs, L)
+        rows = choice.kept["sparse"].diagonal(dim1=0, dim2=1).T.cpu().numpy()  # (pairs, L)
         pictures = [
             with_caption(kept_overlay(rgb_image(pixels), row, model.image_encoder.grid), text)
             for pixels, row, text in zip(self.images.pixels, rows, self.texts, strict=True)

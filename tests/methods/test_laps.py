@@ -217,7 +217,7 @@ def test_ratio_loss(method, ratio):
 def test_kept_patches(method):
     model = tiny_model(method, sparse_ratio=0.3).eval()
     with torch.no_grad():
-        kept = model.kept_patches(*encode(model, pair_inputs(method=method)))
+        kept = model.patch_choice(*encode(model, pair_inputs(method=method))).kept["sparse"]
     assert kept.shape == (6, 6, 16)
     assert (kept.sum(-1) == 5).all()
 

@@ -24,6 +24,7 @@ def make_checkpoint(tmp_path_factory, scenes_path):
 
     def make(method: str = "seps", seed: int = 0, **flags) -> Path:
         values = {"dataset": "scenes", "data_path": str(scenes_path), **flags}
+        values["scenes_size"] = [32, 16, 16]
         args = tiny_args(method, **values)
         torch.manual_seed(seed)
         model = build_model(args, len(words))
