@@ -342,6 +342,15 @@ def parse_eval(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def final_evaluation(args: argparse.Namespace) -> argparse.Namespace:
+    """Return eval.py's arguments for the best checkpoint of a run that train.py has ended."""
+    found = parse_eval(["--checkpoint", os.path.join(args.logger_name, "model_best.pth")])
+    of_the_model = {"method", "bert_path", "shard_size"}  # the checkpoint's own
+    shared = vars(found).keys() & vars(args).keys() - of_the_model
+    vars(found).update({name: getattr(args, name) for name in shared})
+    return found
+
+
 def fill_paths(args: argparse.Namespace) -> None:
     """Set the image folders that were not given: flickr30k-images and coco-images in data_path."""
     if args.f30k_img_path is None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from arguments import final_evaluation, process_settings
 from data import open_features, open_image_cache, prepare_scenes, read_split, validation_loaders
 from lib import distributed
 from lib.checkpoints.checkpoint import restore_model
@@ -62,6 +63,13 @@ def evaluate_checkpoint(
     if distributed.is_main():
         report(checkpoint, results, args, matrix)
     return results
+
+
+def evaluate_best(args: argparse.Namespace) -> None:
+    """Evaluate the best checkpoint of train.py's run on test; every rank calls it."""
+    device = distributed.start_processes(**process_settings(args))
+    asked = final_evaluation(args)
+    evaluate_checkpoint(Path(asked.checkpoint), asked, device)
 
 
 def _check_destinations(checkpoint: Path, args: argparse.Namespace) -> None:

@@ -54,6 +54,7 @@ from lib.training.logs import RunLog
 from lib.training.optim import build_optimizer, schedule
 from lib.training.saving import CheckpointWriter
 from lib.training.setup import compile_backbones, recompute_backbones, set_seed
+from scoring import evaluate_best
 from vocab import (
     CaptionTokenizer,
     WordTokenizer,
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warn_of_unread_flags(argv, args.method)
     with peers_told():
         finished = run(args)
+        if finished and args.eval:
+            evaluate_best(args)
     distributed.stop()  # after an error the other processes may still be waiting for this one
     return 0 if finished else INTERRUPTED
 

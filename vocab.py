@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from lib.data.model_tokenizer import ModelTokenizer
 from lib.data.word_augment import WordAugment
-from lib.errors import InputError
-from lib.files import read_json
+from lib.errors import InputError, as_input_error
+from lib.files import check_folder, load_object, read_json, read_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILES = (  # one of them is in every folder that holds a tokenizer
@@ -225,11 +225,8 @@ def _frequent(counts: Counter[str]) -> list[str]:
 
 
 def _read_vocab_txt(path: Path) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [line.rstrip("\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the vocabulary can't be read ({error})") from None
+    lines = read_text(path).split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def _has_own_tokenizer(folder: Path, bert_path: str) -> bool:
@@ -237,8 +234,7 @@ def _has_own_tokenizer(folder: Path, bert_path: str) -> bool:
 
     Raises InputError where it holds none, or one that can't be read.
     """
-    if not folder.is_dir():
-        raise InputError(f"--bert_path {bert_path}: no such folder")
+    check_folder(os.path.expanduser(bert_path), "--bert_path")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(
             f"--bert_path {bert_path}: the folder holds neither vocab.txt nor tokenizer.json; "
@@ -246,10 +242,9 @@ def _has_own_tokenizer(folder: Path, bert_path: str) -> bool:
         )
     path = folder / "tokenizer.json"
     if path.is_file():
-        try:
-            return not is_uncased_wordpiece(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: the tokenizer can't be read ({error!r:.160})") from None
+        found = load_object(path)
+        with as_input_error(f"{path}: the tokenizer can't be read"):
+            return not is_uncased_wordpiece(found)
     if not (folder / "vocab.txt").is_file():
         return True
     cased = read_json(folder / "tokenizer_config.json").get("do_lower_case") is False
@@ -268,10 +263,8 @@ def _local_tokens(folder: Path, bert_path: str) -> list[str]:
     if (folder / "vocab.txt").is_file():
         return _read_vocab_txt(folder / "vocab.txt")
     path = folder / "tokenizer.json"
-    try:
+    with as_input_error(f"{path}: the tokenizer can't be read"):
         vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise InputError(f"{path}: the tokenizer can't be read ({error!r:.160})") from None
     return _in_id_order(vocabulary, str(path))
 
 

@@ -32,17 +32,20 @@ def read_text(path: str | os.PathLike, hint: str = "") -> str:
         raise InputError(f"{path}:{line}: not UTF-8; convert the file to UTF-8") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Return what JSON text holds. Raises InputError naming `where` and, below line 1, the line."""
+def parse_json(text: str, where: str, kind: str = "JSON") -> Any:
+    """Return what JSON text holds. Raises InputError naming `where` and, below line 1, the line.
+
+    `kind` is what the sentence says that the text is not.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if error.lineno > 1 else ""
-        raise InputError(f"{where}{line}: not JSON ({error.msg})") from None
+        raise InputError(f"{where}{line}: not {kind} ({error.msg})") from None
     except RecursionError:
         raise InputError(f"{where}: JSON nested too deeply to be read") from None
     except ValueError as error:  # numbers of thousands of digits
-        raise InputError(f"{where}: not JSON that can be read ({error})") from None
+        raise InputError(f"{where}: not {kind} that can be read ({error})") from None
 
 
 def load_json(path: str | os.PathLike, hint: str = "") -> Any:
@@ -70,7 +73,7 @@ def check_file(path: str | os.PathLike, hint: str = "") -> None:
         with open(path, "rb") as file:
             head = file.read(len(LFS_POINTER))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file{tail}") from None
+        raise InputError(f"no file {path}{tail}" if hint else f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise InputError(f"{path} can't be read ({_reason(error)}){tail}") from None
     if head == LFS_POINTER:

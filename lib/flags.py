@@ -114,7 +114,7 @@ def _is_kind(action: argparse.Action, value: Any) -> bool:
         return isinstance(value, bool)
     kind = action.type
     if kind in (int, int_list):
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, str) if kind is None else True

@@ -50,26 +50,27 @@ RANGES = _table(
         "batch_size num_epochs grad_accum val_step save_step embed_size img_res shard_size"
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
         " topk nhead captions epochs repeats patches encoded loop_captions"
-        " word_dim sim_dim num_regions sgr_step",
+        " word_dim sim_dim num_regions sgr_step limit max_new_tokens image_size concurrency",
     ),
     zeros=(
         Range(0, MOST),
         "workers gpu_id feature_views log_step skip_nonfinite max_bad_images lr_warmup_steps"
         " max_dense_word"
-        " vse_mean_warmup_epochs warmup rank local_rank",
+        " vse_mean_warmup_epochs warmup rank local_rank retries",
     ),
     reals_from_zero=(
         Range(0),
-        "weight_decay margin backbone_lr_ratio ratio_weight grad_clip score_threshold",
+        "weight_decay margin backbone_lr_ratio ratio_weight grad_clip score_threshold temperature",
     ),
     reals_above_zero=(
         Range(0, low_open=True),
-        "learning_rate gumbel_tau decay_rate scan_lambda_t2i scan_lambda_i2t dist_timeout",
+        "learning_rate gumbel_tau decay_rate scan_lambda_t2i scan_lambda_i2t dist_timeout"
+        " time_limit",
     ),
     shares=(Range(0, 1), "attention_weight token_selection_ratio"),
     shares_above_zero=(
         Range(0, 1, low_open=True),
-        "sparse_ratio aggr_ratio avse_keep_train avse_keep_eval threshold",
+        "sparse_ratio aggr_ratio avse_keep_train avse_keep_eval threshold top_p",
     ),
     shares_below_one=(Range(0, 1, high_open=True), "beta2 avse_dropout gru_dropout sgraf_dropout"),
     reals=(Range(), "mask_weight ratio_lambda_sparse ratio_lambda_dense"),
@@ -77,9 +78,10 @@ RANGES = _table(
         Range(0, 1, hint="0 or 1"),
         "size_augment image_augment overwrite multi_gpu compile precomp gradient_checkpointing"
         " detach_patches save_results evaluate_cxc eval use_cls_as_glob_embd use_token_selection"
-        " use_learnable_temp memory",
+        " use_learnable_temp memory check_counts",
     ),
     seeds=(Range(0, 2**63 - 1), "seed seeds"),
+    percents=(Range(0, 100, low_open=True, high_open=True), "level"),
     epochs_or_none=(Range(-1, MOST), "embedding_warmup_epochs"),
     words=(Range(3, MOST, hint="a number of at least 3: [CLS], word, [SEP]"), "max_word"),
     lists=(Range(0, MOST), "lr_schedules scenes_size images"),

@@ -208,22 +208,22 @@ def test_refuses_folders_without_a_vocabulary(tmp_path):
     refuses("holds neither vocab.txt nor tokenizer.json", str(tmp_path))
     refuses("no such folder", str(tmp_path / "absent"))
     refuses("no such folder", "./absent")
-    refuses("no such folder", str(tmp_path / "config.json"))
+    refuses("a file, where a folder is meant", str(tmp_path / "config.json"))
 
 
 def test_refuses_vocabularies_that_are_not_berts(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\ncat\n")
     refuses("it lacks [MASK]", str(tmp_path))
     (tmp_path / "vocab.txt").write_bytes(b"caf\xe9\n")
-    refuses("vocab.txt: the vocabulary can't be read", str(tmp_path))
-    refuses("the vocabulary can't be read", "tiny", tmp_path / "absent.txt")
+    refuses("vocab.txt:1: not UTF-8", str(tmp_path))
+    refuses("absent.txt: no such file", "tiny", tmp_path / "absent.txt")
     refuses("keeps it as vocab.txt in the run folder", "tiny")
 
 
 def test_refuses_a_damaged_tokenizer_json(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{")
-    refuses("tokenizer.json: the tokenizer can't be read", str(tmp_path))
+    refuses("tokenizer.json: not JSON", str(tmp_path))
     from tokenizers import Tokenizer, models
 
     gap = json.loads(Tokenizer(models.WordPiece({"[UNK]": 0, "a": 3}, unk_token="[UNK]")).to_str())

@@ -108,8 +108,8 @@ def main(
     """
     printable_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         with _signals_as_interrupt():
             comparing = Comparison(args, argv, execute, count_parameters or _count_parameters)
             return comparing.run()
@@ -119,6 +119,8 @@ def main(
     except OSError as error:
         print(f"error: {error}; give the same command again to go on", file=sys.stderr)
         return 1
+    except SystemExit as error:  # of --help
+        return error.code
     except KeyboardInterrupt:
         print("stopped; give the same command again to go on", file=sys.stderr)
         return 130
@@ -126,7 +128,7 @@ def main(
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this tool."""
-    parser = Parser("tools.compare", description=__doc__)
+    parser = Parser("tools.compare", description=__doc__, raises=True)
     parser.add_argument("--dataset", default="scenes", metavar="NAME", help="as in train.py")
     parser.add_argument("--ablations", action="store_true", help="variants of seps, ranked on dev")
     parser.add_argument("--rows", default=None, help="rows to run, e.g. seps,laps; default: all")

@@ -22,8 +22,11 @@ from lib.data.prepare.folder import list_images
 from lib.data.prepare.photos import Photo, give_ids
 from lib.data.splits import load_split
 from lib.errors import InputError
+from lib.flags import Parser
+from lib.program import program, run_program
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe as the flags say; return the exit code.
 
@@ -47,21 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this tool."""
-    top = argparse.ArgumentParser("tools.describe", description=__doc__)
+    top = Parser("tools.describe", description=__doc__)
     what = top.add_argument_group("what is described")
-    what.add_argument("--dataset", default=None, metavar="NAME")
+    what.add_argument("--dataset", default=None, metavar="NAME", help="as train.py")
     what.add_argument("--split", default=None, help="e.g. train,dev,test; default: all there are")
-    what.add_argument("--data_path", default="data/")
+    what.add_argument("--data_path", default="data/", help="as train.py")
     what.add_argument("--image_path", default=None, metavar="DIR", help="image folder, as train.py")
     what.add_argument("--images", type=Path, default=None, metavar="DIR", help="any folder instead")
     what.add_argument("--out", type=Path, default=None, help="with --images: the .jsonl to write")
     what.add_argument("--part", default=None, metavar="i/n", help="one machine's share of n")
     what.add_argument("--limit", type=int, default=None, help="only the first images, to try it")
     how = top.add_argument_group("how; the defaults are the SEPS paper's")
-    how.add_argument("--prompt", default=PROMPT)
+    how.add_argument("--prompt", default=PROMPT, help="asked of each image")
     how.add_argument("--temperature", type=float, default=0.2, help="0: the likeliest words")
-    how.add_argument("--top_p", type=float, default=0.9)
-    how.add_argument("--max_new_tokens", type=int, default=500)
+    how.add_argument("--top_p", type=float, default=0.9, help="mass of the words drawn from")
+    how.add_argument("--max_new_tokens", type=int, default=500, help="longest answer")
     how.add_argument("--image_size", type=int, default=672, help="longest side sent, in pixels")
     how.add_argument("--backend", choices=["openai", "transformers"], default=None,
                      help="default: openai with --base_url, else transformers")  # fmt: skip
@@ -73,8 +76,10 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--time_limit", type=float, default=120, help="seconds for one answer")
     server.add_argument("--retries", type=int, default=5, help="with back-off, for one image")
     local = top.add_argument_group("backend transformers: a model in this process")
-    local.add_argument("--batch_size", type=int, default=8)
-    local.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    local.add_argument("--batch_size", type=int, default=8, help="images at once")
+    local.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the weights"
+    )
     local.add_argument("--device_map", default=None, help="e.g. auto: spread over GPUs")
     local.add_argument("--seed", type=int, default=0, help="of the words drawn")
     return top
@@ -82,15 +87,6 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for flags that can't work."""
-    for flag in ("max_new_tokens", "image_size", "concurrency", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: give a number of at least 1")
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit {args.limit}: give a number of at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise InputError("--temperature must be at least 0, and --top_p above 0 and at most 1")
-    if args.time_limit <= 0 or args.retries < 0:
-        raise InputError("--time_limit must be above 0, and --retries at least 0")
     if (args.images is None) == (args.dataset is None):
         raise InputError("give either --dataset NAME or --images DIR")
     if args.images is not None and (args.out is None or args.out.suffix != ".jsonl"):
@@ -207,4 +203,4 @@ def _failed_file(tally: Tally) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

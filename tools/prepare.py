@@ -24,8 +24,11 @@ from lib.data.prepare.photos import Source
 from lib.data.prepare.shards import expand_shards, extract_shards
 from lib.data.prepare.splitting import parse_plan
 from lib.errors import InputError
+from lib.flags import Parser
+from lib.program import program, run_program
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare as the flags say; return the exit code: 0, 2 (bad input), 130 (stopped)."""
     try:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this tool."""
-    top = argparse.ArgumentParser("tools.prepare", description=__doc__)
+    top = Parser("tools.prepare", description=__doc__)
     sources = top.add_subparsers(dest="source", required=True, metavar="SOURCE")
     karpathy = sources.add_parser("karpathy", help="dataset_flickr30k.json, dataset_coco.json")
     karpathy.add_argument("file", type=Path, help="one of Karpathy's dataset_*.json")
@@ -67,12 +70,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_shared(parser: argparse.ArgumentParser, near: int | None) -> None:
     parser.add_argument("--dataset", default=None, metavar="NAME", help="folder to make")
-    parser.add_argument("--data_path", type=Path, default=Path("data"))
+    parser.add_argument("--data_path", type=Path, default=Path("data"), help="where it lies")
     parser.add_argument(
         "--split",
         default="0.8/0.1/0.1",
         help="shares of train/dev/test where the source has no splits, or three files that list "
-        "images: train.txt,dev.txt,test.txt (default: %(default)s)",
+        "images: train.txt,dev.txt,test.txt",
     )
     parser.add_argument("--seed", type=int, default=0, help="of drawn splits")
     parser.add_argument(
@@ -87,7 +90,7 @@ def _add_shared(parser: argparse.ArgumentParser, near: int | None) -> None:
         "--link",
         choices=["symlink", "hardlink", "copy"],
         default="symlink",
-        help="how image files come into the data set's folder (default: symlink)",
+        help="how image files come into the data set's folder",
     )
     parser.add_argument("--workers", type=int, default=2, help="threads that hash images")
     parser.add_argument("--overwrite", type=int, default=0, help="1: write a data set anew")
@@ -214,4 +217,4 @@ def show(target: Target, report: Report) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -6,36 +6,29 @@ A and B are folders with a results.json, or folders of such folders, one a seed.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from lib.errors import InputError
+from lib.flags import Parser
+from lib.program import program, run_program
 from lib.retrieval.result_files import stored_results
 from lib.retrieval.significance import compare_results, format_comparison
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the differences A − B with their intervals; return the exit code, 0 or 2."""
     args = parser().parse_args(argv)
-    try:
-        sides = stored_results(args.a), stored_results(args.b)
-        compared = compare_results(
-            *sides, args.table, repeats=args.repeats, seed=args.seed, level=args.level / 100
-        )
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sides = stored_results(args.a), stored_results(args.b)
+    compared = compare_results(
+        *sides, args.table, repeats=args.repeats, seed=args.seed, level=args.level / 100
+    )
     print("\n\n".join(format_comparison(one, args.a, args.b) for one in compared))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this tool."""
-    parser = argparse.ArgumentParser(
-        "tools.significance",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("tools.significance", description=__doc__)
     parser.add_argument("a", help="result folder, or a folder of them (seeds)")
     parser.add_argument("b", help="the same, what A is compared with")
     parser.add_argument(
@@ -43,11 +36,11 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="entry of results.json, as f30k_1k; default: all that both have",
     )
-    parser.add_argument("--repeats", type=int, default=10_000, help="bootstrap draws (10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    parser.add_argument("--level", type=float, default=95.0, help="of the interval, in %% (95)")
+    parser.add_argument("--repeats", type=int, default=10_000, help="bootstrap draws")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--level", type=float, default=95.0, help="of the interval, in %%")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

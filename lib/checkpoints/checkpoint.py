@@ -11,17 +11,26 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
 
 from lib.checkpoints.official import canonical_name, check_complete, is_official, load_official
 from lib.checkpoints.payloads import read_payload
-from lib.errors import InputError
+from lib.errors import InputError, as_input_error
 from lib.methods import registry
 from lib.methods.base import Method
+from lib.model.backbones import load_config
 
 LAST, BEST = "checkpoint_last.pth", "model_best.pth"  # names in a run folder
 FORMAT = "seps-checkpoint"
 VERSION = 1
+ENTRIES = {  # what every checkpoint holds, and of what kind
+    "version": int,
+    "method": str,
+    "args": dict,
+    "image_config": (dict, type(None)),
+    "text_config": (dict, type(None)),
+    "vocabulary": (list, dict, type(None)),  # words, or a tokenizer of its own
+    "model": dict,
+}
 
 
 def save_payload(path: str | Path, payload: dict[str, Any]) -> None:
@@ -137,30 +146,49 @@ def _load_own(
     vit_path: str | None,
     bert_path: str | None,
 ) -> tuple[Method, argparse.Namespace]:
-    _check_format(path, payload)
+    check_contents(path, payload)
     if method is not None and method != payload["method"]:
         raise InputError(f"{path} holds a {payload['method']} model; leave out --method {method}")
     args = merged_arguments(payload)
     image_config, text_config = payload["image_config"], payload["text_config"]
     if vit_path:
-        image_config = AutoConfig.from_pretrained(vit_path).to_dict()
+        image_config = load_config(vit_path, "--vit_type").to_dict()
     if bert_path:
-        text_config = AutoConfig.from_pretrained(bert_path).to_dict()
-    vocab_size = text_config["vocab_size"] if text_config else len(payload["vocabulary"])
-    model = registry.build_model(args, vocab_size, image_config, text_config)
-    load_weights(path, model, payload["model"])
+        text_config = load_config(bert_path, "--bert_path").to_dict()
+    with as_input_error(f"{path}: no model can be built from it"):
+        vocab_size = text_config["vocab_size"] if text_config else len(payload["vocabulary"])
+        model = registry.build_model(args, vocab_size, image_config, text_config)
+        load_weights(path, model, payload["model"])
     model.set_hard_negatives(bool(payload.get("hard_negatives", False)))
     return model, args
 
 
-def _check_format(path: str | Path, payload: dict) -> None:
+def check_contents(path: str | Path, payload: dict) -> None:
+    """Raise InputError where a payload is none of ours, or an entry is missing or mistyped."""
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise InputError(f"{path} is neither one of our checkpoints nor an official one")
+    for name, kinds in ENTRIES.items():
+        if name not in payload:
+            raise InputError(f"{path}: a checkpoint without {name!r}, so not a whole one")
+        if not isinstance(payload[name], kinds) or isinstance(payload[name], bool):
+            told = type(payload[name]).__name__
+            raise InputError(f"{path}: {name!r} is of type {told}, which no checkpoint holds there")
     if payload["version"] > VERSION:
         raise InputError(
             f"{path} was written in version {payload['version']} of the format; "
             f"this program reads up to version {VERSION}: update it"
         )
+    known = registry.method_names()
+    if payload["method"] not in known:
+        raise InputError(
+            f"{path} holds a {payload['method']!r} model, a method that this program does not know "
+            f"({', '.join(known)})"
+        )
+    if not all(isinstance(word, str) for word in payload["vocabulary"] or []):
+        raise InputError(f"{path}: 'vocabulary' holds more than words")
+    if not all(isinstance(one, torch.Tensor) for one in payload["model"].values()):
+        raise InputError(f"{path}: 'model' holds more than tensors")
+    registry.check_kept_arguments(payload["args"], f"{path}: args")
 
 
 def merged_arguments(payload: dict) -> argparse.Namespace:
@@ -188,7 +216,7 @@ def load_weights(path: str | Path, model: nn.Module, state: dict[str, torch.Tens
 def load_training_state(path: str | Path) -> dict[str, Any]:
     """Return a whole checkpoint of our own, for resuming. Raises InputError where it is not one."""
     payload = read_payload(path)
-    _check_format(path, payload)
-    if "training" not in payload:
+    check_contents(path, payload)
+    if not isinstance(payload.get("training"), dict):
         raise InputError(f"{path} holds no training state; resume from a checkpoint_last.pth")
     return payload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig
 
-from lib.errors import InputError
+from lib.errors import InputError, as_input_error
+from lib.files import load_object
 from lib.methods import registry
 from lib.methods.base import Method
 from lib.model.backbones import hub_id
@@ -77,13 +79,15 @@ def load_official(
     if not isinstance(opt, argparse.Namespace):
         raise InputError("the official checkpoint holds no `opt` namespace with its flags")
     method = _method_of(vars(opt), method)
+    registry.check_kept_arguments({**vars(opt), "shard_size": 1}, "the official checkpoint's opt")
     args = _arguments(vars(opt), method)
     args.vit_type = vit_path or _image_source(args)
     args.bert_path = bert_path or _text_source(args)
     image_config = _config(args.vit_type, "--vit_path", ("vit", "swin"))
     text_config = _config(args.bert_path, "--bert_path", ("bert",))
-    model = registry.build_model(args, text_config["vocab_size"], image_config, text_config)
-    model.load_state_dict(converted_state(payload["model"], model.state_dict()))
+    with as_input_error("no model can be built from the official checkpoint"):
+        model = registry.build_model(args, text_config["vocab_size"], image_config, text_config)
+        model.load_state_dict(converted_state(payload["model"], model.state_dict()))
     return model, args
 
 
@@ -141,15 +145,18 @@ def _text_source(args: argparse.Namespace) -> str:
 
 def _config(source: str, flag: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Return the config in a folder or of a hub id. Raises InputError where there is none."""
+    if os.path.isdir(source):
+        load_object(Path(source) / "config.json", f"{flag} names a folder with a model's config")
     try:
         config = AutoConfig.from_pretrained(source).to_dict()
-    except (OSError, ValueError, KeyError):
+    except Exception:  # transformers lets whatever a strange config provokes through
         raise InputError(
             f"{source} is neither a folder with a config.json nor a model whose config the hub "
             f"hands out here; name such a folder with {flag}"
         ) from None
-    if config["model_type"] not in kinds:
-        raise InputError(f"{flag} {source}: a {config['model_type']} config, not {'/'.join(kinds)}")
+    if config.get("model_type") not in kinds:
+        told = config.get("model_type")
+        raise InputError(f"{flag} {source}: a {told} config, not {'/'.join(kinds)}")
     return config
 
 

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.errors import InputError
+from lib.errors import InputError, as_input_error, first_line
+from lib.files import check_file, parse_json
 
 SAFETENSORS = ".safetensors"
 
@@ -26,8 +27,7 @@ def read_payload(path: str | Path) -> dict[str, Any]:
     Raises InputError where the file is missing, is not a checkpoint, or asks for anything else; the
     refused name is in the message.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
     if Path(path).suffix == SAFETENSORS:
         return _read_safetensors(path)
     try:
@@ -36,7 +36,7 @@ def read_payload(path: str | Path) -> dict[str, Any]:
     except UnpicklingError as error:
         raise InputError(_refusal(path, error)) from None
     except Exception as error:  # torch lets whatever a damaged file provokes through
-        raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
     if not isinstance(payload, dict):
         raise InputError(f"{path}: holds a {type(payload).__name__}, not a checkpoint")
     return payload
@@ -54,29 +54,28 @@ def write_safetensors(path: str | Path, payload: dict[str, Any]) -> None:
         save_file(tensors, temporary, metadata=facts)
         os.replace(temporary, path)
     except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({_first_line(error)})") from None
+        raise OSError(f"{path}: could not be written ({first_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return {**facts, "model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+    with (
+        as_input_error(f"{path}: not a readable checkpoint"),
+        safe_open(path, framework="pt") as file,
+    ):
+        facts = {
+            key: parse_json(value, f"{path}: {key}")
+            for key, value in (file.metadata() or {}).items()
+        }
+        return {**facts, "model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
 
 
 def _refusal(path: str | Path, error: UnpicklingError) -> str:
     name = re.search(r"GLOBAL ([\w.]+)", str(error))
     if name is None:
-        return f"{path}: not a readable checkpoint ({_first_line(error)})"
+        return f"{path}: not a readable checkpoint ({first_line(error)})"
     return (
         f"{path}: refused, because it asks to load {name[1]}, and only tensors, plain values and "
         "argparse.Namespace are read; do not open it elsewhere unless you trust where it is from"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,8 @@ from lib.data.layout import (
     image_folder,
     image_source,
 )
-from lib.errors import InputError
+from lib.errors import InputError, as_input_error
+from lib.files import check_file, load_json, parse_json, read_text
 
 REGION_SOURCE = (
     "SCAN's features of f30k and coco are at "
@@ -150,12 +150,9 @@ def region_dense_file(data_path: str | os.PathLike, dataset: str, split: str) ->
 
 def map_array(path: Path) -> np.memmap:
     """Return a .npy file as a memory-mapped array. Raises InputError where it is none."""
-    try:
+    check_file(path, REGION_SOURCE)
+    with as_input_error(f"{path} is no whole .npy file of numbers"):
         return np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise InputError(f"no file {path}; {REGION_SOURCE}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no whole .npy file of numbers ({error})") from None
 
 
 def _regions_shape(path: Path) -> tuple[int, int, int]:
@@ -224,20 +221,6 @@ def _subset(split: Split, chosen: np.ndarray, name: str) -> Split:
     )
 
 
-def _read_text(path: Path, hint: str) -> str:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"no file {path}; {hint}") from None
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror})") from None
-    try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8; convert the file to UTF-8") from None
-
-
 def _split_lines(text: str) -> list[str]:
     """Return the lines, split at newlines alone (a caption may hold other Unicode separators)."""
     lines = text.split("\n")
@@ -246,7 +229,7 @@ def _split_lines(text: str) -> list[str]:
 
 def text_lines(path: Path, hint: str) -> list[str]:
     """Return the lines of a UTF-8 file; InputError, with the hint, where it can't be read."""
-    return _split_lines(_read_text(path, hint))
+    return _split_lines(read_text(path, hint))
 
 
 def _read_lines(path: Path, what: str, hint: str) -> list[str]:
@@ -281,10 +264,7 @@ def _id_of_each_caption(
 def _image_names(path: Path, image_ids: list[str], dataset: str, required: bool) -> list[str]:
     if not required and not path.exists():
         return []
-    try:
-        mapping = json.loads(_read_text(path, caption_source(dataset)))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    mapping = load_json(path, caption_source(dataset))
     if not isinstance(mapping, dict):
         raise InputError(f"{path}: must map image ids to file names, as {{'25': 'name.jpg'}}")
     unknown = [one for one in image_ids if not isinstance(mapping.get(one), str)]
@@ -355,10 +335,7 @@ def _texts_in_order(records: list[dict], path: Path, images: int) -> list[str]:
 
 def parse_dense(line: str, where: str) -> dict:
     """Return the record of a .jsonl line with a dense text; InputError naming `where` otherwise."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not a JSON line ({error.msg})") from None
+    record = parse_json(line, where, "a JSON line")
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise InputError(f'{where}: the line needs a non-empty "text"')

@@ -206,11 +206,6 @@ class AVSE(Method):
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
         block_size(args.embed_size, args.avse_block)
-        for flag in ("avse_keep_train", "avse_keep_eval"):
-            if not 0 < getattr(args, flag) <= 1:
-                raise InputError(f"--{flag} {getattr(args, flag)}: give a number in (0, 1]")
-        if not 0 <= args.avse_dropout < 1:
-            raise InputError(f"--avse_dropout {args.avse_dropout}: give a number in [0, 1)")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> AVSE:

@@ -36,6 +36,7 @@ class Method(nn.Module):
     may_leave_unused: bool = False  # True where a step can leave a parameter without gradient
     accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
     takes_features: ClassVar[bool] = True  # reads the image encoder's last hidden state alone
+    also_reads: ClassVar[tuple[str, ...]] = ()  # flags beside its own that not every method reads
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class DenseText(Method):
     """
 
     uses_pixels: ClassVar[bool] = False
+    also_reads = ("dense_match",)
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
-"""Flags that several methods read, and what their values may be; names follow the LAPS family."""
+"""Flags that several methods read; names follow the LAPS family, ranges are in lib/ranges.py."""
 
 from __future__ import annotations
 
 import argparse
 
-from lib.errors import InputError
+SLIMMING_FLAGS = ("sparse_ratio", "aggr_ratio", "ratio_weight", "detach_patches")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,13 +94,3 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="vse: hinge triplet; trip: distance-weighted sampling; infonce: symmetric InfoNCE",
     )
     loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")
-
-
-def check_slimming(args: argparse.Namespace) -> None:
-    """Raise InputError where a flag of the slimming group is out of range."""
-    low_ends = {"sparse_ratio": True, "aggr_ratio": True, "attention_weight": False}
-    for flag, low_open in low_ends.items():
-        value = getattr(args, flag)
-        if not (0 < value <= 1 if low_open else 0 <= value <= 1):
-            interval = "(0, 1]" if low_open else "[0, 1]"
-            raise InputError(f"--{flag} {value}: give a number in {interval}")

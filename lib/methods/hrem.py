@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 import torch
 from torch import Tensor, nn
@@ -107,19 +106,11 @@ class HREM(PooledMethod):
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
-        if args.nhead < 1 or args.embed_size % args.nhead:
+        if args.embed_size % args.nhead:
             raise InputError(
                 f"--nhead {args.nhead} does not divide --embed_size {args.embed_size}: "
                 "give one that does"
             )
-        if args.topk < 1:
-            raise InputError(f"--topk {args.topk}: give a whole number of at least 1")
-        if args.warmup < 0:
-            raise InputError(f"--warmup {args.warmup}: give a whole number of at least 0")
-        if not 0 < args.threshold <= 1:
-            raise InputError(f"--threshold {args.threshold}: give a number in (0, 1]")
-        if not math.isfinite(args.mask_weight):
-            raise InputError(f"--mask_weight {args.mask_weight}: give a finite number")
         if args.loss not in ("vse", args.hrem_loss):
             raise InputError(
                 f"--loss {args.loss} is not read by hrem: give --hrem_loss trip or vse instead"

@@ -89,12 +89,6 @@ class ImprovedLAPS(LapsFamily):
             if value not in choices:
                 known = ", ".join(choice for choice in choices if choice)
                 raise InputError(f"--{flag} {value}: choose one of {known}")
-        if not 0 <= args.token_selection_ratio <= 1:
-            raise InputError(
-                f"--token_selection_ratio {args.token_selection_ratio}: give a number in [0, 1]"
-            )
-        if args.score_threshold < 0:
-            raise InputError(f"--score_threshold {args.score_threshold}: give 0 or more")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> ImprovedLAPS:

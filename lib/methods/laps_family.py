@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.batch import Tokens
 from lib.methods.base import Method
-from lib.methods.flags import check_slimming
+from lib.methods.flags import SLIMMING_FLAGS
 from lib.model import kernels
 from lib.model.alignment import best_affinities, mean_of_best
 from lib.model.choice import PatchChoice
@@ -25,6 +25,7 @@ class LapsFamily(Method):
     `ratio_lambdas` weigh the kept share in the ratio loss, a constant under hard top-k.
     """
 
+    also_reads = SLIMMING_FLAGS
     ratio_lambdas: ClassVar[tuple[float, float]] = (1.0, 0.0)
 
     def __init__(
@@ -45,10 +46,6 @@ class LapsFamily(Method):
         self.ratio_weight = ratio_weight
         self.detach_patches = detach_patches
         self.network = LapsNetwork(embed_size, image_encoder.num_patches, sparse_ratio, aggr_ratio)
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        check_slimming(args)
 
     @staticmethod
     def shared_settings(args: argparse.Namespace) -> dict[str, Any]:

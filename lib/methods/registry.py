@@ -77,7 +77,7 @@ def _flags_of(name: str) -> set[str]:
     """Return the flags that not every method reads, and this one does."""
     method, parser = get_method(name), argparse.ArgumentParser(add_help=False)
     method.add_arguments(parser.add_argument_group())
-    return {action.dest for action in parser._actions} | set(getattr(method, "also_reads", ()))
+    return {action.dest for action in parser._actions} | set(method.also_reads)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
 from lib.batch import Rows, Tokens
-from lib.errors import InputError
 from lib.methods.base import Method
 from lib.methods.registry import register_method
 from lib.model.alignment import NEGATIVE_SLOPE, masked_average
@@ -88,12 +87,6 @@ class SCAN(Method):
         group.add_argument(
             "--scan_lambda_i2t", type=float, default=4.0, help="sharpness where patches query"
         )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        for flag in ("scan_lambda_t2i", "scan_lambda_i2t"):
-            if not 0 < getattr(args, flag) < math.inf:
-                raise InputError(f"--{flag} {getattr(args, flag)}: give a number above 0")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> SCAN:

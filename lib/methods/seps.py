@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.batch import Rows, Tokens
 from lib.errors import InputError
 from lib.methods.base import Method
-from lib.methods.flags import check_slimming
+from lib.methods.flags import SLIMMING_FLAGS
 from lib.methods.registry import register_method
 from lib.model import kernels
 from lib.model.alignment import DenseMatch, MatchRows, Relevance, best_affinities, relevance_aware
@@ -86,6 +86,8 @@ class SEPS(Method):
     NOTE: the released code has neither s^p nor eq. 5; `seps_released` is that code.
     """
 
+    also_reads = (*SLIMMING_FLAGS, "attention_weight", "dense_match")
+
     def __init__(
         self,
         image_encoder: ImageEncoder,
@@ -132,10 +134,15 @@ class SEPS(Method):
 
     @classmethod
     def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--selection", default="topk", choices=["topk", "gumbel"])
+        group.add_argument(
+            "--selection", default="topk", choices=["topk", "gumbel"], help="of patches"
+        )
         group.add_argument("--gumbel_tau", type=float, default=1.0, help="Gumbel temperature")
         group.add_argument(
-            "--relevance", default="topk_mean", choices=["topk_mean", "topk_mlp", "mean"]
+            "--relevance",
+            default="topk_mean",
+            choices=["topk_mean", "topk_mlp", "mean"],
+            help="what the best matches add to the mean: their mean, an MLP of them, nothing",
         )
         group.add_argument("--relevance_topk", type=int, default=5, help="k of --relevance")
         group.add_argument(
@@ -145,8 +152,13 @@ class SEPS(Method):
             help="whose dense text guides: the image's own; that of the caption's image (the "
             "oracle protocol); none",
         )
-        group.add_argument("--ratio_lambda_sparse", type=float, default=0.5)
-        group.add_argument("--ratio_lambda_dense", type=float, default=0.5)
+        group.add_argument(
+            "--ratio_lambda_sparse",
+            type=float,
+            default=0.5,
+            help="of the sparse share in the ratio loss",
+        )
+        group.add_argument("--ratio_lambda_dense", type=float, default=0.5, help="the same, dense")
 
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str | None:
@@ -154,7 +166,6 @@ class SEPS(Method):
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
-        check_slimming(args)
         _dense_owner(args.dense_side, args.dense_match)
 
     @classmethod

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel, ViTConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from lib.errors import InputError
+from lib.errors import InputError, as_input_error, first_line
+from lib.files import check_folder, load_object
 
 HUB_IDS = {
     "vit": "google/vit-base-patch16-224-in21k",
@@ -31,6 +31,11 @@ KNOWN = {  # named in messages; others work where their outputs say enough
     "siglip, siglip2, or timm/NAME",
     "--bert_path": "bert, mpnet, roberta, deberta-v2, modernbert, clip, siglip, siglip2",
 }
+NO_CONFIG_IN_FOLDER = "its config.json is not that of a transformers model"
+NO_CONFIG_ANYWHERE = (
+    "neither a folder with a config.json nor a model that the hub hands out here; give a local "
+    "folder, or tiny"
+)
 
 
 def hub_id(name: str) -> str:
@@ -82,15 +87,15 @@ def load_config(source: str, flag: str) -> PretrainedConfig:
 
     Raises InputError where there is none, or where HF_HUB_OFFLINE keeps the hub away.
     """
-    if os.path.sep in source and source[0] in "./~" and not Path(source).is_dir():
-        raise InputError(f"{flag} {source}: no such folder")
+    local = os.path.exists(source) or (os.path.sep in source and source[0] in "./~")
+    if local:
+        check_folder(source, flag, weights=True)
+        load_object(Path(source) / "config.json", f"{flag} names a folder with a model's config")
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{flag} {source}: neither a folder with a config.json nor a model that the hub "
-            f"hands out here; give a local folder, or tiny ({unreachable(error)})"
-        ) from None
+    except Exception as error:  # transformers lets whatever a strange config provokes through
+        told = NO_CONFIG_IN_FOLDER if local else NO_CONFIG_ANYWHERE
+        raise InputError(f"{flag} {source}: {told} ({unreachable(error)})") from None
     return tower(config, flag)
 
 
@@ -115,12 +120,8 @@ def load_backbone(source: str | PretrainedConfig, flag: str) -> nn.Module:
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options["add_pooling_layer"] = False
     if isinstance(source, PretrainedConfig):
-        try:
+        with as_input_error(f"{flag}: no such network can be built"):
             return kind(config, **options).float()
-        except ValueError as error:
-            raise InputError(
-                f"{flag}: no such network can be built ({first_line(error)})"
-            ) from None
     return _pretrained(kind, source, config, flag, options).float()
 
 
@@ -135,7 +136,7 @@ def _pretrained(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged file, a pickle that is refused, weights of another
         raise InputError(
             f"{flag} {source}: no weights could be loaded ({unreachable(error)})"
         ) from None
@@ -181,11 +182,6 @@ def freeze_unreached(backbone: nn.Module, output: Tensor) -> None:
     for parameter in backbone.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def unreachable(error: BaseException) -> str:

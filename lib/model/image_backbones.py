@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
-from lib.errors import InputError
-from lib.model.backbones import first_line, freeze_unreached
+from lib.errors import InputError, first_line
+from lib.model.backbones import freeze_unreached
 
 CLS_NAMES = ("cls_token", "class_embedding", "class_token")  # parameters that are a [CLS]
 NAFLEX = "siglip2_vision_model"  # reads patches that were cut before it, and their grid

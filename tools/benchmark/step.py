@@ -104,12 +104,12 @@ class StepCase:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the step and of the measuring."""
-    parser.add_argument("--method", default="laps,seps")
+    parser.add_argument("--method", default="laps,seps", help="one or several of them")
     parser.add_argument(
         "--batch", default=None, help="as in 64,512; default: 4 on the CPU, 64,512 on CUDA"
     )
-    parser.add_argument("--mode", default="hardest", choices=["hardest", "sum"])
-    parser.add_argument("--encoders", default="base", choices=["base", "tiny"])
+    parser.add_argument("--mode", default="hardest", choices=["hardest", "sum"], help="negatives")
+    parser.add_argument("--encoders", default="base", choices=["base", "tiny"], help="size")
     parser.add_argument("--embed_size", type=int, default=512, help="width C of the joint space")
     add_measuring(parser)
 
