@@ -169,6 +169,8 @@ class AVSE(Method):
     ) -> None:
         super().__init__(image_encoder, text_encoder, criterion, shard_size)
         self.block = block_size(embed_size, block)
+        blocks = embed_size // self.block
+        self.score_range = (-float(blocks), float(blocks))  # a cosine for each of the text's
         self.keep_train = keep_train
         self.keep_eval = keep_eval
         self.size_augment = size_augment

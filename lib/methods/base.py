@@ -34,6 +34,7 @@ class Method(nn.Module):
     scores_repeat: bool = True
     is_fused: bool = False  # True while the kernel scores the pairs: never with a graph
     may_leave_unused: bool = False  # True where a step can leave a parameter without gradient
+    score_range: tuple[float, float] | None = None  # of a similarity, where it has bounds
     accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
     takes_features: ClassVar[bool] = True  # reads the image encoder's last hidden state alone
     also_reads: ClassVar[tuple[str, ...]] = ()  # flags beside its own that not every method reads

@@ -33,6 +33,7 @@ class CHAN(Method):
     """
 
     accepts_regions = True
+    score_range = (-1.0, 1.0)  # mean cosines
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> CHAN:

@@ -35,6 +35,7 @@ class DenseText(Method):
     ) -> None:
         super().__init__(None, text_encoder, criterion, shard_size, dense_owner="image")
         self.match = DenseMatch(match)
+        self.score_range = (-2.0, 2.0) if match == "max_mean" else (-1.0, 1.0)
 
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str | None:

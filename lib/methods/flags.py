@@ -91,6 +91,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss",
         default="vse",
         choices=["vse", "trip", "infonce"],
-        help="vse: hinge triplet; trip: distance-weighted sampling; infonce: symmetric InfoNCE",
+        help="vse: hinge triplet; trip: distance-weighted sampling, scores stretched to [-1, 1] "
+        "for it; infonce: symmetric InfoNCE",
     )
     loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")

@@ -27,6 +27,7 @@ class LapsFamily(Method):
 
     also_reads = SLIMMING_FLAGS
     ratio_lambdas: ClassVar[tuple[float, float]] = (1.0, 0.0)
+    score_range = (-0.2, 2.0)  # two means of leaky affinities
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ class PooledMethod(Method):
     """Base of methods whose Tokens hold one local token: `local` (B, 1, C), of length 1."""
 
     accepts_regions = True
+    score_range = (-1.0, 1.0)  # cosines: embeddings are of norm 1
     scores_repeat = False  # one product a pair: choosing pairs would cost more than it spares
 
     def prepare_images(self, images: Tokens) -> Embedding:

@@ -128,4 +128,12 @@ def build_model(
         freeze=args.freeze,
         pad_id=getattr(args, "pad_id", 0),  # of the tokenizer that the program read
     )
-    return get_method(args.method).from_args(args, source)
+    model = get_method(args.method).from_args(args, source)
+    if model.criterion.loss == "trip":
+        if model.score_range is None:
+            raise InputError(
+                f"--loss trip reads distances from the scores, and those of --method {args.method} "
+                "have no bounds with these flags: give --loss vse or infonce"
+            )
+        model.criterion.score_range = model.score_range
+    return model

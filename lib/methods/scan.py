@@ -56,6 +56,7 @@ class SCAN(Method):
     """
 
     accepts_regions = True
+    score_range = (-1.0, 1.0)  # mean cosines
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ from lib.model.slimming import (
     with_weights,
 )
 
+GUMBEL_TAU = 0.03  # six of seven kept patches are then in the top K
 DENSE_WEIGHT = 0.1  # where the learnt weight of --dense_match starts
 
 
@@ -102,7 +103,7 @@ class SEPS(Method):
         ratio_weight: float = 2.0,
         ratio_lambdas: tuple[float, float] = (0.5, 0.5),
         selection: str = "topk",
-        gumbel_tau: float = 1.0,
+        gumbel_tau: float = GUMBEL_TAU,
         relevance: str = "topk_mean",
         relevance_topk: int = 5,
         dense_side: str = "image",
@@ -137,7 +138,12 @@ class SEPS(Method):
         group.add_argument(
             "--selection", default="topk", choices=["topk", "gumbel"], help="of patches"
         )
-        group.add_argument("--gumbel_tau", type=float, default=1.0, help="Gumbel temperature")
+        group.add_argument(
+            "--gumbel_tau",
+            type=float,
+            default=GUMBEL_TAU,
+            help="temperature of gumbel, in units of a patch's significance: near 0 it is top-k",
+        )
         group.add_argument(
             "--relevance",
             default="topk_mean",
@@ -198,6 +204,15 @@ class SEPS(Method):
     def is_fused(self) -> bool:
         eligible = self.guide != "caption" and not self.training
         return eligible and kernels.serves(self.sparse_head.scale)
+
+    @property
+    def score_range(self) -> tuple[float, float] | None:
+        if self.dense_match is not None:
+            return None  # its learnt weight has no bound
+        ends = self.word_relevance.range, self.token_relevance.range
+        return (
+            None if None in ends else (-0.2 + ends[0][0] + ends[1][0], 2 + ends[0][1] + ends[1][1])
+        )
 
     @property
     def scores_repeat(self) -> bool:
@@ -350,7 +365,7 @@ class SEPS(Method):
     def _decide(self, significance: Tensor) -> Tensor:
         """Return which patches stay: bool (…, L), or straight-through float in Gumbel training."""
         if self.selection == "gumbel" and self.training:
-            return gumbel_decision(significance, self.gumbel_tau)
+            return gumbel_decision(significance, self.kept, self.gumbel_tau)
         return top_k_mask(significance.detach(), self.kept)
 
     @torch.no_grad()

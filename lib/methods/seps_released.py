@@ -30,6 +30,7 @@ class SEPSReleased(LapsFamily):
     """
 
     ratio_lambdas = (1.0, 1.0)
+    score_range = (-0.4, 4.0)  # LAPS twice
 
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str:

@@ -62,6 +62,11 @@ class Relevance(nn.Module):
         if kind == "topk_mlp":
             self.mlp = nn.Sequential(nn.Linear(k, k), nn.ReLU(), nn.Linear(k, 1, bias=False))
 
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Smallest and largest R of leaky affinities; None where an MLP has no bound."""
+        return {"topk_mean": (-NEGATIVE_SLOPE, 1.0), "mean": (0.0, 0.0)}.get(self.kind)
+
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
         if self.kind == "mean":
             return values.new_zeros(values.shape[:-1])

@@ -72,12 +72,20 @@ def distance_weighted_triplet(
     margin: float,
     cutoff: float,
     generator: torch.Generator | None = None,
+    cosines: Tensor | None = None,
 ) -> Tensor:
-    """Return the hinge loss with one sampled negative a positive pair and direction, summed."""
+    """Return the hinge loss with one sampled negative a positive pair and direction, summed.
+
+    `cosines` (B, B) say how near pairs are, by default the similarity itself.
+    """
     positive = similarity.diagonal()
     loss = similarity.new_zeros(())
-    for scores, wrong in ((similarity, negatives), (similarity.T, negatives.T)):
-        weights = distance_weights(scores, wrong, cutoff).cpu()
+    near = similarity if cosines is None else cosines
+    for scores, wrong, likeness in (
+        (similarity, negatives, near),
+        (similarity.T, negatives.T, near.T),
+    ):
+        weights = distance_weights(likeness, wrong, cutoff).cpu()
         found = (weights.sum(1) > 0).to(scores.device)
         safe = weights + (weights.sum(1, keepdim=True) == 0)
         drawn = torch.multinomial(safe, 1, generator=generator).to(scores.device)
@@ -120,7 +128,9 @@ class AlignmentLoss(nn.Module):
 
     similarity (B, B), image_ids (B,) -> scalar. `hard_negatives` switches the hinge loss from the
     sum over negatives to the hardest one; `scale` multiplies whatever comes out. Draws of `trip`
-    follow `seed` and a stored counter, so they are the same on every rank and after a resume.
+    follow `seed` and a stored counter, so they are the same on every rank and after a resume; its
+    distances are those of unit vectors, so that scores of another `score_range` than a cosine's
+    are stretched to [-1, 1] for the draw.
     """
 
     def __init__(
@@ -135,6 +145,7 @@ class AlignmentLoss(nn.Module):
         self.seed = seed
         self.hard_negatives = False
         self.scale = 1.0
+        self.score_range = (-1.0, 1.0)
         if loss == "infonce":
             self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if loss == "trip":
@@ -166,7 +177,11 @@ class AlignmentLoss(nn.Module):
             return info_nce(similarity, negatives, factor)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.draws))
         self.draws += 1
-        return distance_weighted_triplet(similarity, negatives, self.margin, self.cutoff, generator)
+        low, high = self.score_range
+        cosines = 2 * (similarity - low) / (high - low) - 1
+        return distance_weighted_triplet(
+            similarity, negatives, self.margin, self.cutoff, generator, cosines
+        )
 
 
 def _wide(similarity: Tensor) -> Tensor:

@@ -17,13 +17,18 @@ from lib.batch import Rows
 from lib.model.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit
 from lib.model.precision import full_precision, is_half
 
+UNIFORM_MARGIN = 1e-6  # of Gumbel noise, from 0 and from 1
 LARGEST_EXPONENT = 30.0  # of a logit above the kept ones
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over real tokens: (B, N, C), (B, N) -> (B, C)."""
-    weights = mask.to(tokens.dtype)[:, :, None]
-    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+    """Return the mean over real tokens, at least float32: (B, N, C), (B, N) -> (B, C).
+
+    A half-precision mean moves the scores that choose patches, and with them one kept set in ten.
+    """
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    total = tokens.masked_fill(~mask[:, :, None], 0).sum(1, dtype=wide)
+    return total / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def kept_count(num_patches: int, sparse_ratio: float) -> int:
@@ -70,21 +75,28 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
 
 @full_precision
-def gumbel_decision(significance: Tensor, tau: float) -> Tensor:
+def gumbel_decision(significance: Tensor, k: int, tau: float) -> Tensor:
     """Return straight-through keep decisions of a two-class Gumbel-softmax, (…, L) in {0, 1}.
 
-    A patch is kept with probability `significance` in [0, 1], on its own: how many are kept is
-    free, and the ratio loss steers it. The gradient is the soft decision's at temperature `tau`.
-    Where chance keeps no patch of a row, the most significant one stays.
+    A patch is kept with probability σ((significance − centre) / tau), on its own; the centre lies
+    between the k-th and the next significance of its row, so that top-k is the limit of tau → 0 and
+    k patches are kept about. How many is free, and the ratio loss steers it. Where chance keeps no
+    patch of a row, the most significant one stays. The gradient is the soft decision's.
     """
-    tiny = 1e-6
-    logit = significance.clamp(tiny, 1 - tiny).logit()
+    if k >= significance.shape[-1]:
+        return torch.ones_like(significance)
+    logit = (significance - _centre(significance, k)) / tau
     # the difference of two Gumbel variables is logistic
-    uniform = torch.rand_like(logit).clamp(tiny, 1 - tiny)
-    soft = ((logit + uniform.logit()) / tau).sigmoid()
+    uniform = torch.rand_like(logit).clamp(UNIFORM_MARGIN, 1 - UNIFORM_MARGIN)
+    soft = (logit + uniform.logit()).sigmoid()
     hard = soft > 0.5
     hard = hard | (~hard.any(-1, keepdim=True) & top_k_mask(significance.detach(), 1))
     return hard.to(soft.dtype) + (soft - soft.detach())  # forward exactly 0 or 1
+
+
+def _centre(significance: Tensor, k: int) -> Tensor:
+    """Return the middle between the k-th and the next value of each row, (…, 1); k below L."""
+    return significance.topk(k + 1, dim=-1).values[..., -2:].mean(-1, keepdim=True)
 
 
 def selected_softmax(logits: Tensor, decision: Tensor) -> Tensor:
@@ -301,7 +313,10 @@ class LapsNetwork(nn.Module):
         ones, by default the mean of the patches.
         """
         with torch.no_grad():
-            own = own_scores(patches, patches.mean(1) if embeddings is None else embeddings)
+            if embeddings is None:
+                wide = torch.promote_types(patches.dtype, torch.float32)
+                embeddings = patches.mean(1, dtype=wide)
+            own = own_scores(patches, embeddings)
         fixed = unit(patches[:, :0] if cls is None else cls)  # what no text changes
         return SlimmedImages(patches, own, fixed, aggregation(self.head, patches, fused))
 
