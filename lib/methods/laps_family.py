@@ -86,9 +86,15 @@ class LapsFamily(Method):
         self, images: SlimmedImages, texts: TextSummary, token_mask: Tensor, word_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each word's best token and each token's best word, (B_v, T, M) and (B_v, T, N)."""
-        if not self.is_fused:
-            cosines = self.network.tokens(images, texts.embedding).products(texts.words)
-            return best_affinities(cosines, token_mask, word_mask)
+        best = self._fused_best(images, texts, word_mask) if self.is_fused else None
+        if best is not None:
+            return best
+        cosines = self.network.tokens(images, texts.embedding).products(texts.words)
+        return best_affinities(cosines, token_mask, word_mask)
+
+    def _fused_best(
+        self, images: SlimmedImages, texts: TextSummary, word_mask: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         fixed = images.fixed
         return kernels.fused_matches(
             self.network.scores(images, texts.embedding),

@@ -298,9 +298,10 @@ class SEPS(Method):
         maps = {}
         if self.guide == "image":
             maps["kept_dense"] = images.image_dense.kept.expand(shape)
-        if self.is_fused:
+        fused = self._fused_matches(images, texts) if self.is_fused else None
+        if fused is not None:
             maps["kept_sparse"] = images.base.new_full(shape, self.kept_share)
-            return *self._fused_matches(images, texts), maps
+            return *fused, maps
         sparse = self._branch(images, images.aggregation, texts.embedding)
         maps["kept_sparse"] = sparse.kept
         sums, masks = [sparse.local, sparse.dropped], [sparse.drops[..., None]]
@@ -321,7 +322,7 @@ class SEPS(Method):
 
     def _fused_matches(
         self, images: SEPSImages, texts: SEPSTexts
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    ) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
         patches, logits, added = images.patches, images.aggregation.logits, None
         if self.guide is not None:
             added = images.image_dense.weights.to(patches.dtype) @ patches
@@ -337,6 +338,8 @@ class SEPS(Method):
             added=added,
             fused_counts=False,
         )
+        if best is None:
+            return None
         drops = self.kept < patches.shape[1]
         return best, kernels.token_mask(images.fixed_mask, logits.shape[1], drops)
 

@@ -42,7 +42,12 @@ PAIRS = 2**16  # of a call: scores of 50 MB at L = 196
 PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
 FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
 # A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.
-AGGREGATED_TILES = {"BLOCK_L": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+# Tiles of 32 keep a thread at 128 registers where those of 64 take 255 (ptxas, sm_90a).
+LARGEST_TILE = 32
+AGGREGATED_TILES = {"BLOCK_L": LARGEST_TILE, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+
+
+_failed: set[torch.device] = set()  # where a program did not build at the size it was asked for
 
 
 def is_available(device: torch.device) -> bool:
@@ -50,24 +55,33 @@ def is_available(device: torch.device) -> bool:
 
     Where Triton can't build a program (no C compiler, an old GPU), one warning says so.
     """
-    if triton is None:
+    if triton is None or device in _failed:
         return False
-    interpreted = not isinstance(_order_patches, triton.JITFunction)
-    return interpreted or (device.type == "cuda" and _builds(device))
+    return _interpreted() or (device.type == "cuda" and _builds(device))
+
+
+def _interpreted() -> bool:
+    return not isinstance(_order_patches, triton.JITFunction)
 
 
 @functools.cache
 def _builds(device: torch.device) -> bool:
-    """Return whether the smallest program builds and runs on the device; asked once."""
-    scores = torch.zeros(1, 2, device=device)
+    """Return whether all three programs build and run on the device at a small size; asked once."""
+    patches = torch.ones(1, 4, 4, device=device)
+    one, mask = patches[:, :1], patches[:, :1, 0] > 0
     try:
-        with torch.cuda.device_of(scores):
-            _order_patches[(1,)](scores, torch.empty_like(scores, dtype=torch.int32), 2, 1, WIDTH=2)
+        for added in (None, one):
+            matches = _matches(one, one, patches, one, mask, one, mask, 2, added)
+            matches[0].sum().item()  # waits, so that a fault shows here
     except Exception as error:  # Triton raises what its compilers and drivers do
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"warning: no fused scoring, PyTorch does it ({reason:.200})", file=sys.stderr)
+        _tell(error)
         return False
     return True
+
+
+def _tell(error: Exception) -> None:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    print(f"warning: no fused scoring, PyTorch does it ({reason:.200})", file=sys.stderr)
 
 
 def serves(patches: Tensor) -> bool:
@@ -94,8 +108,10 @@ def fused_matches(
     k: int,
     added: Tensor | None = None,
     fused_counts: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
+
+    None, with a warning, where a program does not build: PyTorch must serve, now and from then on.
 
     scores (B_v, T, L) rank the patches, of which the `k` best are kept; logits (B_v, N_c, L) weigh
     the kept ones, the scores the dropped ones; patches (B_v, L, C); words (T, M, C) normalised,
@@ -104,19 +120,39 @@ def fused_matches(
     is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
     leaves it out). Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
     float32, without gradient, also under autocast: half-precision arguments are taken as float32.
-    Raises ValueError where the programs can't run, and where a gradient would be lost.
+    Raises ValueError where the programs never run, and where a gradient would be lost.
     Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
     """
-    tensors = [scores, logits, patches, words, fixed]
-    tensors += [] if added is None else [added]
-    _check(tensors)
+    _check([one for one in (scores, logits, patches, words, fixed, added) if one is not None])
+    arguments = scores, logits, patches, words, word_mask, fixed, fixed_mask, k, added, fused_counts
+    try:
+        return _matches(*arguments)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a program of this size that the small probe did not show
+        _failed.add(scores.device)
+        _tell(error)
+        return None
+
+
+@torch.no_grad()
+def _matches(
+    scores: Tensor,
+    logits: Tensor,
+    patches: Tensor,
+    words: Tensor,
+    word_mask: Tensor,
+    fixed: Tensor,
+    fixed_mask: Tensor,
+    k: int,
+    added: Tensor | None = None,
+    fused_counts: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Do what `fused_matches` tells."""
     device = scores.device
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.cuda.device_of(scores),
-    ):
-        scores, logits, patches, words, fixed = (one.float() for one in tensors[:5])
+    with torch.autocast(device.type, enabled=False), torch.cuda.device_of(scores):
+        tensors = (scores, logits, patches, words, fixed)
+        scores, logits, patches, words, fixed = (one.float() for one in tensors)
         added = None if added is None else added.float()
         images = _prepare(logits, patches, fixed, fixed_mask, added)
         size = max(1, PRODUCT_BYTES // (4 * images.sources[..., 0].numel() * words.shape[1]))
@@ -253,10 +289,10 @@ def _launch(
 def block_sizes(tokens: int, longest: int) -> tuple[int, int]:
     """Return how many aggregated tokens and how many words a program multiplies at once.
 
-    Powers of two from 16, tl.dot's smallest side, to 64: accumulators of 64 x 64 are 32 registers
-    a thread, whatever L, N_c and M are.
+    Powers of two from 16, tl.dot's smallest side, to `LARGEST_TILE`, whatever L, N_c and M are.
     """
-    return tuple(max(16, min(64, triton.next_power_of_2(size))) for size in (tokens, longest))
+    sides = (triton.next_power_of_2(size) for size in (tokens, longest))
+    return tuple(max(16, min(LARGEST_TILE, side)) for side in sides)
 
 
 if triton is not None:

@@ -9,9 +9,17 @@ import torch
 
 import lib.methods.seps as seps_module
 from lib.model.losses import ratio_loss
-from lib.model.slimming import gumbel_decision
+from lib.model.slimming import (
+    Aggregation,
+    dropped_sum,
+    gumbel_decision,
+    peak_weights,
+    selected_sums,
+    top_k_mask,
+)
 from tests import naive_seps
 from tests.helpers import encode, pair_inputs, random_tokens, tiny_model
+from tools.benchmark.cases import Case
 
 OPTIONS = list(
     product(
@@ -138,13 +146,94 @@ def test_gumbel_training_sends_gradient_to_the_scores_and_frees_the_ratio():
     assert model.patch_score.mlp[1].weight.grad.abs().sum() > 0
 
 
-def test_gumbel_decisions_follow_the_significance():
+def test_gumbel_decisions_are_centred_on_the_k_th_significance():
     torch.manual_seed(0)
-    significance = torch.tensor([0.02, 0.5, 0.98]).expand(4000, 3)
-    rates = gumbel_decision(significance, tau=1.0).mean(0)
-    torch.testing.assert_close(rates, significance[0], atol=0.05, rtol=0)
-    none_likely = gumbel_decision(torch.full((200, 5), 1e-6), tau=1.0)
+    significance = torch.tensor([0.72, 0.5, 0.7, 0.9, 0.8]).expand(4000, 5)
+    rates = gumbel_decision(significance, k=2, tau=0.1).mean(0)
+    centre = 0.76  # between the second and the third
+    torch.testing.assert_close(
+        rates, ((significance[0] - centre) / 0.1).sigmoid(), atol=0.03, rtol=0
+    )
+    none_likely = gumbel_decision(torch.zeros(200, 5), k=1, tau=1e-6)
     assert (none_likely.sum(-1) >= 1).all()
+    assert (gumbel_decision(significance, k=5, tau=0.1) == 1).all()
+
+
+def test_gumbel_keeps_what_evaluation_keeps():
+    """At ViT-224 and the default temperature six of seven; a coin flip would be one of two."""
+    case = Case("seps", "sum", 196, None, images=6, captions=20)
+    model, images, texts = case.model(), case.image_tokens(), case.text_tokens()
+    with torch.no_grad():
+        prepared, embeddings = model.prepare_images(images), model.prepare_texts(texts).embedding
+        significance = model._significance(prepared, embeddings)
+    torch.manual_seed(0)
+    kept = gumbel_decision(significance, model.kept, model.gumbel_tau) > 0.5
+    top = top_k_mask(significance, model.kept)
+    assert float(kept.float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert (kept & top).sum() / kept.sum() > 0.8
+
+
+@pytest.mark.parametrize("tau", [1e-6, 10.0])
+def test_the_flag_sets_the_temperature(tau):
+    model = tiny_model(selection="gumbel", gumbel_tau=tau)
+    images, texts = encode(model, pair_inputs())
+    torch.manual_seed(0)
+    in_training = model.train().similarity(images, texts)
+    in_evaluation = model.eval().similarity(images, texts)
+    near = torch.allclose(in_training, in_evaluation, atol=1e-5)
+    assert near == (tau == 1e-6)  # near 0 it is top-k
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["peaks", "softmax"])
+def test_the_gumbel_decision_has_a_gradient_in_the_aggregation(far):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
+    logits[0, 0, 0] += 100.0 * far  # then the exponentials of the whole image do not serve
+    decision = (torch.rand(2, 4, 8, generator=generator) < 0.5).double()
+    decision[..., 0] = 1
+    outer = torch.randn(2, 4, 3, 8, generator=generator, dtype=torch.float64)
+    peaks = peak_weights(logits)
+    assert (peaks is None) == far
+
+    def ours(kept):
+        sums = selected_sums(Aggregation(logits, peaks), kept)
+        return sums.weights if sums.mass is None else sums.weights / sums.mass[..., None]
+
+    def plain(kept):  # the decision multiplies inside the softmax
+        mass = kept[:, :, None] * (logits - logits.amax(-1, keepdim=True))[:, None].exp()
+        return mass / mass.sum(-1, keepdim=True)
+
+    found, wanted = (
+        torch.autograd.grad((way(kept) * outer).sum(), kept)[0]
+        for way, kept in (
+            (ours, decision.requires_grad_()),
+            (plain, decision.detach().clone().requires_grad_()),
+        )
+    )
+    where = decision.detach() > 0  # of what is dropped, a large logit's gradient is cut
+    assert found[where].abs().sum() > 0
+    torch.testing.assert_close(found[where], wanted[where], atol=1e-10, rtol=1e-8)
+
+
+def test_the_scores_learn_through_the_gumbel_aggregation_alone(monkeypatch):
+    """What the fused tokens would hand on is cut off."""
+    monkeypatch.setattr(
+        seps_module, "dropped_sum", lambda scores, kept: dropped_sum(scores.detach(), kept.detach())
+    )
+    model = tiny_model(selection="gumbel", ratio_weight=0.0).train()
+    torch.manual_seed(3)
+    model.training_losses(**pair_inputs())["loss"].backward()
+    assert model.patch_score.mlp[1].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_the_flag_weighs_the_ratio_loss(weight):
+    model = tiny_model(selection="gumbel", ratio_weight=weight, gumbel_tau=1.0).train()
+    torch.manual_seed(3)
+    losses = model.training_losses(**pair_inputs())
+    assert float(losses["ratio"]) > 1e-6
+    added = float((losses["loss"] - losses["alignment"]).detach())
+    assert added == pytest.approx(weight * float(losses["ratio"]), rel=1e-3, abs=1e-7)
 
 
 def test_hard_top_k_has_a_constant_ratio_loss():

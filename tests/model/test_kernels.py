@@ -163,21 +163,58 @@ def test_the_cpu_is_refused():
         fused_matches(**random_case(5, 3, 2, 1, False), k=2)
 
 
-def test_a_program_that_can_not_be_built_is_told_once(monkeypatch, capsys):
-    class Broken:
-        def __getitem__(self, grid):
-            raise RuntimeError("Failed to find C compiler.\nmore")
+PROGRAMS = ("_order_patches", "_match_aggregated", "_match_fused")
 
-    monkeypatch.setattr(kernels, "_order_patches", Broken())
+
+class Launched:
+    """A program that is launched and does nothing, or can't be built."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.broken = broken
+
+    def __getitem__(self, grid):
+        if self.broken:
+            raise RuntimeError("Failed to find C compiler.\nmore")
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("broken", [*PROGRAMS, None])
+def test_the_probe_builds_every_program_and_tells_once(broken, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    for name in PROGRAMS:
+        monkeypatch.setattr(kernels, name, Launched(name == broken))
     kernels._builds.cache_clear()
     try:
-        assert not kernels._builds(torch.device("cpu"))
-        assert not kernels._builds(torch.device("cpu"))
+        assert kernels._builds(torch.device("cpu")) == (broken is None)
+        assert kernels._builds(torch.device("cpu")) == (broken is None)
     finally:
         kernels._builds.cache_clear()
-    assert capsys.readouterr().err == (
-        "warning: no fused scoring, PyTorch does it (Failed to find C compiler.)\n"
-    )
+    told = "warning: no fused scoring, PyTorch does it (Failed to find C compiler.)\n"
+    assert capsys.readouterr().err == ("" if broken is None else told)
+
+
+@pytest.mark.parametrize(("method", "flags"), [("laps", {}), ("seps", {}), ("seps_released", {})])
+@torch.no_grad()
+def test_a_program_that_fails_at_a_models_size_falls_back(method, flags, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    model = tiny_model(method, **flags).eval()
+    images, texts = encode(model, pair_inputs(4, method, **flags))
+    wanted = model.similarity(images, texts)
+    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(kernels, "_interpreted", lambda: True)
+    for name in PROGRAMS:
+        monkeypatch.setattr(kernels, name, Launched(broken=True))
+    assert model.is_fused
+    torch.testing.assert_close(model.similarity(images, texts), wanted, atol=TOLERANCE, rtol=0)
+    assert not model.is_fused
+    assert capsys.readouterr().err.count("no fused scoring") == 1
+
+
+def test_tiles_are_small_enough_for_registers():
+    pytest.importorskip("triton")
+    assert kernels.block_sizes(39, 14) == (32, 16)
+    assert kernels.block_sizes(115, 90) == (32, 32)
+    assert kernels.block_sizes(1, 1) == (16, 16)
 
 
 def test_the_module_works_without_triton(monkeypatch):

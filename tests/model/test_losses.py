@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from lib.errors import InputError
+from lib.methods.registry import method_names
 from lib.model.losses import (
     AlignmentLoss,
     distance_weighted_triplet,
@@ -16,6 +18,7 @@ from lib.model.losses import (
     negatives_mask,
     ratio_loss,
 )
+from tests.helpers import encode, pair_inputs, tiny_model
 
 
 @pytest.fixture
@@ -101,6 +104,38 @@ def test_trip_repeats_with_its_seed_and_moves_on():
     resumed = AlignmentLoss("trip", seed=3)
     resumed.load_state_dict(first.state_dict())
     assert float(resumed(cosine, ids)) == float(first(cosine, ids))
+
+
+def test_trip_stretches_scores_to_cosines():
+    """Scores of [0, 4] choose as the cosines that they stand for; the margin stays theirs."""
+    cosine = torch.rand(8, 8, generator=torch.Generator().manual_seed(2)) * 0.5
+    ids = torch.arange(8)
+    plain, stretched = AlignmentLoss("trip", seed=3), AlignmentLoss("trip", seed=3)
+    stretched.score_range, stretched.margin = (0.0, 4.0), 0.4
+    for _ in range(4):  # twice the cosine plus 2, so twice the margin is twice the loss
+        expected = 2 * float(plain(cosine, ids))
+        assert float(stretched(2 * cosine + 2, ids)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(set(method_names()) - {"hrem"}))
+def test_trip_is_told_the_range_of_the_scores_or_refused(method):
+    if tiny_model(method).score_range is None:
+        with pytest.raises(InputError, match="--loss trip"):
+            tiny_model(method, loss="trip")
+        return
+    model = tiny_model(method, loss="trip")
+    low, high = model.criterion.score_range
+    assert (low, high) == model.score_range
+    torch.manual_seed(0)
+    with torch.no_grad():
+        similarity = model.eval().similarity(*encode(model, pair_inputs(6, method)))
+    assert low <= float(similarity.min()) <= float(similarity.max()) <= high
+
+
+@pytest.mark.parametrize("flags", [{"relevance": "topk_mlp"}, {"dense_match": "mean"}], ids=str)
+def test_trip_is_refused_where_scores_have_no_bounds(flags):
+    with pytest.raises(InputError, match="--loss trip reads distances from the scores"):
+        tiny_model("seps", loss="trip", **flags)
 
 
 @pytest.mark.parametrize("kind", ["sum", "hardest", "infonce"])

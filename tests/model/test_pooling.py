@@ -12,6 +12,7 @@ from torch import multiprocessing, nn
 from lib import distributed
 from lib.batch import length_mask
 from lib.model.pooling import GPO, GlobalBatchNorm1d, max_k_pool
+from tests.training.test_distributed import free_port
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "avse_modules.npz"
 
@@ -139,9 +140,9 @@ def test_global_batch_norm_is_batch_norm_on_one_process():
     assert torch.equal(ours.eval()(rows), official.eval()(rows))
 
 
-def _rank_step(rank, folder):
+def _rank_step(rank, folder, port):
     torch.set_num_threads(1)
-    distributed.start("gloo", f"file://{folder}/store", world=2, this_rank=rank)
+    distributed.start("gloo", f"tcp://127.0.0.1:{port}", world=2, this_rank=rank)
     norm, rows = norm_and_rows(GlobalBatchNorm1d)
     step = trained_step(norm, rows[:3] if rank == 0 else rows[3:])
     torch.save(step, f"{folder}/rank{rank}.pt")
@@ -149,7 +150,7 @@ def _rank_step(rank, folder):
 
 
 def test_global_batch_norm_of_two_ranks_is_that_of_the_whole_batch(tmp_path):
-    multiprocessing.spawn(_rank_step, (str(tmp_path),), nprocs=2)
+    multiprocessing.spawn(_rank_step, (str(tmp_path), free_port()), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     whole = trained_step(*norm_and_rows(nn.BatchNorm1d))
 

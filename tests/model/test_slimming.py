@@ -17,16 +17,20 @@ from lib.model.alignment import (
 )
 from lib.model.slimming import (
     Aggregation,
+    PatchScore,
     aggregated_count,
     dropped_sum,
     global_scores,
     kept_count,
+    masked_mean,
     min_max,
     peak_weights,
     selected_softmax,
     selected_sums,
     top_k_mask,
 )
+from tests.helpers import tiny_model
+from tools.benchmark.cases import Case
 
 SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
 
@@ -144,3 +148,53 @@ def test_masked_average_and_best_matches_ignore_padding():
     for_words, for_tokens = best_matches(affinity, torch.ones(1, 1, 2, dtype=torch.bool), mask)
     assert float(masked_average(for_words, mask)) == pytest.approx(0.4)
     assert for_tokens.flatten().tolist() == pytest.approx([0.2, 0.4])
+
+
+@pytest.mark.parametrize("half_inputs", [False, True])
+def test_predicted_scores_are_full_precision_under_autocast(half_inputs):
+    torch.manual_seed(0)
+    score, patches = PatchScore(64), torch.randn(2, 9, 64)
+    if half_inputs:
+        patches = patches.bfloat16()
+    wanted = score.mlp(patches.float()).squeeze(-1).sigmoid()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = score(patches)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_global_embeddings_are_not_half_precision_means(dtype):
+    generator = torch.Generator().manual_seed(0)
+    tokens = (torch.randn(3, 300, 16, generator=generator) + 0.3).to(dtype)
+    mask = torch.arange(300) < torch.tensor([[300], [257], [1]])
+    found = masked_mean(tokens, mask)
+    assert found.dtype == torch.float32
+    for row, real in enumerate(mask):
+        wanted = tokens[row][real].double().mean(0).float()
+        torch.testing.assert_close(found[row], wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["laps", "seps", "seps_released", "ilaps"])
+def test_half_precision_inputs_keep_the_patches_of_their_values(method):
+    """Tokens as an encoder under autocast hands them out choose what the same numbers choose."""
+    case = Case(method if method != "ilaps" else "laps", "eval", 196, None, 6, 12)
+    model = case.model()
+    if method == "ilaps":
+        model = tiny_model("ilaps", img_res=224, tiny_patch_size=16, embed_size=512).eval()
+    images, texts = case.image_tokens(), case.text_tokens()
+    half, wide = ([side._map(change) for side in (images, texts)] for change in (_half, _wide))
+    with torch.no_grad():
+        wanted = model.kept_patches(*wide)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model.kept_patches(*half)
+    changed = (found != wanted).any(-1).float().mean()
+    assert float(changed) <= 0.02  # ties of rounding
+
+
+def _half(tensor):
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+def _wide(tensor):
+    return _half(tensor).float() if tensor.is_floating_point() else tensor
