@@ -50,13 +50,13 @@ RANGES = _table(
         "batch_size num_epochs grad_accum val_step save_step embed_size img_res shard_size"
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
         " topk nhead captions epochs repeats patches encoded loop_captions"
-        " word_dim sim_dim num_regions sgr_step limit max_new_tokens image_size concurrency",
+        " word_dim sim_dim num_regions sgr_step top limit max_new_tokens image_size concurrency",
     ),
     zeros=(
         Range(0, MOST),
         "workers gpu_id feature_views log_step skip_nonfinite max_bad_images lr_warmup_steps"
         " max_dense_word"
-        " vse_mean_warmup_epochs warmup rank local_rank retries",
+        " vse_mean_warmup_epochs warmup rank local_rank retries check random",
     ),
     reals_from_zero=(
         Range(0),

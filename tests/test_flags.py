@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import eval as evaluation
 import train
 from arguments import eval_parser, parse_eval, parse_train, train_parser, warn_of_unread_flags
 from lib.errors import InputError, InputWarning
@@ -16,24 +19,29 @@ from lib.flags import IntegerList, Parser, check_kinds
 from lib.methods import registry
 from lib.ranges import RANGES, check_ranges
 from tests.helpers import VOCABULARY, tiny_args
-from tools import compare, convert_checkpoint, describe, draw_patches, prepare, significance
-from tools.benchmark import __main__ as benchmark
 
-SEEDS = Path(__file__).resolve().parent.parent.parent / "shared" / "seeds"
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = ROOT.parent / "shared" / "seeds"
+
+
+def tools() -> dict[str, ModuleType]:
+    """Every module of tools/ that is a program, and every package's __main__."""
+    paths = [*(ROOT / "tools").glob("*.py"), *(ROOT / "tools").glob("*/__main__.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(paths)]
+    modules = {name: importlib.import_module(name) for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "main")}
+
+
+TOOLS = tools()
 PARSERS = {
     "train": train_parser,
     "eval": eval_parser,
-    "compare": compare.parser,
-    "prepare": prepare.parser,
-    "describe": describe.parser,
-    "significance": significance.parser,
-    "benchmark": benchmark.build_parser,
+    **{name: module.parser for name, module in TOOLS.items()},
 }
 MAINS = {
     "train": train.main,
-    "convert_checkpoint": convert_checkpoint.main,
-    "draw_patches": draw_patches.main,
-    **{name: main.main for name, main in (("compare", compare), ("prepare", prepare))},
+    "eval": evaluation.main,
+    **{name: module.main for name, module in TOOLS.items()},
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,10 @@ from lib.data.check import Lengths, Plan, Report, SplitReport, check_data
 from lib.data.layout import dataset_folder
 from lib.data.splits import load_split
 from lib.errors import InputError
+from lib.files import check_destination, write_text_whole
+from lib.flags import Parser
 from lib.methods.registry import get_method
+from lib.program import program, run_program
 from vocab import WordTokenizer, learn_vocabulary, load_tokenizer
 
 WIDTH = 80
@@ -28,30 +30,27 @@ DENSE = "dense texts"
 ALL = 1 << 30  # more word pieces than any text has
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Check as the flags say; return the exit code: 0, 1 (training would stop) or 2 (bad input)."""
-    try:
-        own, rest = parser().parse_known_args(argv)
-        report = check(parse_train(rest), own.json is not None)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    own, rest = parser().parse_known_args(argv)
+    to_file = own.json not in (None, "-")
+    if to_file:
+        check_destination(own.json, "--json")
+    report = check(parse_train(rest), own.json is not None)
     text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
     if own.json == "-":
         print(text)
     else:
         print(page(report))
-        if own.json:
-            Path(own.json).write_text(text + "\n", encoding="utf-8")
+        if to_file:
+            write_text_whole(Path(own.json), text + "\n")
     return 1 if report.stops else 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of this tool's own flag; the others are train.py's."""
-    own = argparse.ArgumentParser("tools.check_data", description=__doc__, allow_abbrev=False)
+    own = Parser("tools.check_data", description=__doc__)
     own.add_argument(
         "--json", nargs="?", const="-", default=None, metavar="FILE",
         help="print everything as JSON, or write it into FILE beside the report",
@@ -188,4 +187,4 @@ ROWS: list[tuple[str, Callable[[SplitReport], str]]] = [
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

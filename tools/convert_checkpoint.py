@@ -18,15 +18,18 @@ from vocab import load_tokenizer
 @program
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the converted file; return the exit code: 0, or 2 for bad input."""
-    parser = Parser("tools.convert_checkpoint", description=__doc__)
-    parser.add_argument("checkpoint", help="an official or one of our checkpoints")
-    parser.add_argument("out", help="ends in .pth or .safetensors")
-    parser.add_argument("--method", default=None, help="laps, seps_released or ilaps")
-    parser.add_argument("--vit_path", default=None, help="folder with the image config.json")
-    parser.add_argument(
-        "--bert_path", default=None, help="folder with BERT's config and vocabulary"
-    )
-    return convert(parser.parse_args(argv))
+    return convert(parser().parse_args(argv))
+
+
+def parser() -> Parser:
+    """Return the parser of this tool."""
+    own = Parser("tools.convert_checkpoint", description=__doc__)
+    own.add_argument("checkpoint", help="an official or one of our checkpoints")
+    own.add_argument("out", help="ends in .pth or .safetensors")
+    own.add_argument("--method", default=None, help="laps, seps_released or ilaps")
+    own.add_argument("--vit_path", default=None, help="folder with the image config.json")
+    own.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")
+    return own
 
 
 def convert(args: argparse.Namespace) -> int:

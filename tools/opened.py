@@ -32,7 +32,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True)
     group.add_argument("--method", default=None, help="of an official checkpoint")
     group.add_argument("--vit_path", default=None, help="folder with the image config.json")
     group.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    group.add_argument("--device", default=device, help="cpu, cuda or cuda:N")
 
 
 @dataclass

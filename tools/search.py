@@ -81,7 +81,7 @@ def _add_index(one: argparse.ArgumentParser) -> None:
         metavar="i/n",
         help="this process's share, from 1; default: as torchrun or a Slurm array says",
     )
-    one.add_argument("--batch_size", type=int, default=32)
+    one.add_argument("--batch_size", type=int, default=32, help="images at once")
     one.add_argument("--workers", type=int, default=1, help="processes that decode pictures")
 
 
@@ -93,11 +93,11 @@ def _add_query(one: argparse.ArgumentParser) -> None:
         "--captions", default=None, metavar="FILE", help="with --image: its best lines instead"
     )
     one.add_argument("--dense", default=None, metavar="TEXT", help="dense text of --image")
-    one.add_argument("--top", type=int, default=10)
+    one.add_argument("--top", type=int, default=10, help="results shown")
     one.add_argument(
         "--check", type=int, default=CHECKED_AMONG, help="0: don't check the shortlist"
     )
-    one.add_argument("--faiss", default="auto", choices=KINDS)
+    one.add_argument("--faiss", default="auto", choices=KINDS, help="the shortlist's index")
     one.add_argument("--json", action="store_true", help="print JSON lines")
     add_checkpoint_flags(one, required=False)
 

@@ -31,7 +31,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON file; return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return _measure(build_parser().parse_args(argv), argv)
+    return _measure(parser().parse_args(argv), argv)
 
 
 def _measure(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -51,17 +51,17 @@ def _measure(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Return the parser, a subcommand for each module."""
-    parser = Parser("tools.benchmark", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    whole = Parser("tools.benchmark", description=__doc__)
+    commands = whole.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         told = module.__doc__.strip().splitlines()[0]
         command = commands.add_parser(name, help=told, description=told)
         command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
         command.add_argument("--json", default=None, metavar="F", help="also write the rows here")
         module.add_arguments(command)
-    return parser
+    return whole
 
 
 if __name__ == "__main__":
