@@ -65,8 +65,9 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
     Where dev lacks what the method needs, training images are held out in its place, and the log
     says so. Raises InputError for anything wrong with the files.
     """
-    needs_dense = get_method(args.method).wants_dense(args) is not None
-    training = read_split(args, "train", needs_dense)
+    method = get_method(args.method)
+    needs_dense = method.wants_dense(args) is not None
+    training = read_split(args, "train", method.trains_on_dense(args))
     missing = _missing_for_validation(args, needs_dense)
     if args.val_split != "held_out":  # a run that goes on stays with what it held out
         if missing is None:
@@ -141,15 +142,19 @@ def training_loader(
     features: FeatureCache | None = None,
 ) -> TrainLoader:
     """Return the loader of this rank's training pairs; `owner` is who is given the dense text."""
+    method = get_method(args.method)
+    described = method.pairs_from_dense(args)
+    dense = method.trains_on_dense(args) and not described
     dataset = TrainSet(
-        split,
+        split.described() if described else split,
         tokenizer,
-        args.img_res if get_method(args.method).uses_pixels else None,
-        args.max_word,
+        args.img_res if method.uses_pixels else None,
+        _dense_words(args) if described else args.max_word,
         augment_images=bool(args.image_augment),
         augment_words=bool(args.size_augment),
         seed=args.seed,
-        max_dense_word=_dense_words(args) if owner is not None else None,
+        max_dense_word=_dense_words(args) if dense else None,
+        augment_dense=owner is None and bool(args.size_augment),  # it only teaches
         cache=cache,
         resample=_resample(args),
         features=features,
@@ -273,4 +278,4 @@ def _resample(args: argparse.Namespace) -> str:
 
 
 def _dense_words(args: argparse.Namespace) -> int:
-    return args.max_dense_word or args.max_word
+    return get_method(args.method).dense_words(args)

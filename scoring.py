@@ -17,6 +17,7 @@ from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.payloads import read_payload
 from lib.files import check_destination
 from lib.methods.base import Method
+from lib.methods.registry import get_method
 from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import split_similarity, split_tables
 from lib.retrieval.result_files import file_digest, save_matrix, write_results
@@ -102,6 +103,7 @@ def result_facts(
     return {
         "method": model.name,
         "protocol": model.protocol,
+        "trained_on_dense": get_method(model.name).trains_on_dense(trained),
         "dense_side": {"image": "image", "caption": "caption", None: "none"}[model.dense_owner],
         "split": args.split,
         "val_split": getattr(trained, "val_split", "test"),
@@ -117,6 +119,8 @@ def report(
     """Print the table; write results.json, and the similarity matrix where asked."""
     facts = next(iter(results.values()))
     print(f"{checkpoint}: {facts['method']}, protocol {facts['protocol']}", end="")
+    if facts["trained_on_dense"] and facts["protocol"] == "none":
+        print(" (dense texts in training alone)", end="")
     print(f", checkpoint chosen on {facts['val_split']}, {facts['seconds']:.1f} s")
     print(format_table(results))
     for name, table in results.items():

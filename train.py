@@ -35,7 +35,9 @@ from lib.checkpoints.checkpoint import (
     load_training_state,
     load_weights,
     model_payload,
+    start_weights,
 )
+from lib.checkpoints.payloads import read_payload
 from lib.data.features import FeatureCache
 from lib.data.fingerprint import fingerprint_differences, split_fingerprint
 from lib.data.image_cache import ImageCache
@@ -43,7 +45,7 @@ from lib.data.model_tokenizer import ModelTokenizer
 from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
 from lib.methods.base import Method
-from lib.methods.registry import build_model
+from lib.methods.registry import build_model, get_method
 from lib.model.encoders import image_filter
 from lib.program import INTERRUPTED, program, run_program, warnings_told
 from lib.rendezvous import environment_integer, peers_told
@@ -58,6 +60,7 @@ from scoring import evaluate_best
 from vocab import (
     CaptionTokenizer,
     WordTokenizer,
+    checkpoint_tokenizer,
     learn_vocabulary,
     learn_words,
     load_tokenizer,
@@ -102,13 +105,14 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     log.say(f"{args.method} on {args.dataset}, {distributed.device_name(device)}")
     prepare_scenes(args)
     with distributed.together():
+        start = _first_weights(args)
         cache = open_image_cache(args)
         training, validation = load_splits(args, log)
-        tokenizer = training_tokenizer(args, training, validation)
+        tokenizer = training_tokenizer(args, training, validation, start)
         suit_tokenizer(args, tokenizer, log)
         data = split_fingerprint(training)
         state = _saved_state(args, data)
-        model = _model(args, tokenizer, state, device)
+        model = _model(args, tokenizer, state, start).to(device)
     read = [(training, bool(args.image_augment)), (validation, False)]
     features = open_features(args, model.image_encoder, read, device, log.say)
     splits = training, validation
@@ -136,12 +140,18 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
 
 
 def training_tokenizer(
-    args: argparse.Namespace, training: Split, validation: Split | None = None
+    args: argparse.Namespace,
+    training: Split,
+    validation: Split | None = None,
+    start: dict | None = None,
 ) -> WordTokenizer | ModelTokenizer:
     """Return the tokenizer of --bert_path; for tiny and a GRU, a vocabulary learnt from texts.
 
     A GRU's words are those of the training captions and, as in SCAN, of dev's where dev chooses.
+    `start` is the checkpoint whose weights a run starts from: their words are taken with them.
     """
+    if start is not None:
+        return checkpoint_tokenizer(start, args.bert_path)
     gru = args.text_encoder == "gru"
     if args.bert_path != "tiny" and not gru:
         return load_tokenizer(args.bert_path)
@@ -167,19 +177,30 @@ def suit_tokenizer(
                 f"longest that {args.bert_path} reads"
             )
             setattr(args, flag, tokenizer.longest)
+    whole = get_method(args.method).dense_words(args)  # where 0 stands for more than --max_word
+    if tokenizer.longest is not None and whole > tokenizer.longest:
+        args.max_dense_word = tokenizer.longest
+
+
+def _first_weights(args: argparse.Namespace) -> dict | None:
+    """Return the checkpoint that a new run starts from, None where it starts otherwise."""
+    path = get_method(args.method).starts_from(args)
+    return None if path is None or args.resume is not None else read_payload(path)
 
 
 def _model(
-    args: argparse.Namespace, tokenizer: WordTokenizer, state: dict | None, device: torch.device
+    args: argparse.Namespace, tokenizer: WordTokenizer, state: dict | None, start: dict | None
 ) -> Method:
-    """Return the model on its device, with the weights of the run that goes on."""
+    """Return the model with the weights of the run that goes on, or of the stage before."""
     set_seed(args.seed)
-    model = build_model(args, tokenizer.vocab_size).to(device)
+    model = build_model(args, tokenizer.vocab_size)
     args.image_filter = image_filter(model.image_encoder)  # the loaders, and evaluation, ask for it
     if args.gradient_checkpointing:
         recompute_backbones(model)
     if state is not None:
         load_weights(Path(args.resume) / LAST, model, state["model"])
+    if start is not None:
+        start_weights(get_method(args.method).starts_from(args), model, start)
     return model
 
 

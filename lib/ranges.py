@@ -50,7 +50,8 @@ RANGES = _table(
         "batch_size num_epochs grad_accum val_step save_step embed_size img_res shard_size"
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
         " topk nhead captions epochs repeats patches encoded loop_captions"
-        " word_dim sim_dim num_regions sgr_step top limit max_new_tokens image_size concurrency",
+        " word_dim sim_dim num_regions sgr_step top limit max_new_tokens image_size concurrency"
+        " num_tokens decoder_depth",
     ),
     zeros=(
         Range(0, MOST),
@@ -72,7 +73,10 @@ RANGES = _table(
         Range(0, 1, low_open=True),
         "sparse_ratio aggr_ratio avse_keep_train avse_keep_eval threshold top_p",
     ),
-    shares_below_one=(Range(0, 1, high_open=True), "beta2 avse_dropout gru_dropout sgraf_dropout"),
+    shares_below_one=(
+        Range(0, 1, high_open=True),
+        "beta2 avse_dropout d2s_dropout gru_dropout sgraf_dropout",
+    ),
     reals=(Range(), "mask_weight ratio_lambda_sparse ratio_lambda_dense"),
     switches=(
         Range(0, 1, hint="0 or 1"),

@@ -12,8 +12,17 @@ from lib.methods.registry import build_model, get_method, model_defaults
 VOCABULARY = 120
 # What a method's contract is tested with where its defaults hide a part: HREM's instance relations
 # begin after thousands of steps; AVSE's training is random, and so differs between processes.
+D2S_STAGE_2 = {
+    "distill": True,
+    "weight_path": "stage1/model_best.pth",  # train.py reads it, no model
+    "use_decoder": True,
+    "d2s_dropout": 0.0,
+    "size_augment": 0,
+}
 METHOD_FLAGS = {
     "hrem": {"warmup": 0, "hrem_loss": "vse"},
+    "d2s": D2S_STAGE_2,
+    "d2s_released": D2S_STAGE_2,
     "sgr": {"sgraf_dropout": 0.0},
     "saf": {"sgraf_dropout": 0.0},
     "avse": {"avse_keep_train": 1.0, "avse_dropout": 0.0, "size_augment": 0},
@@ -66,7 +75,7 @@ def pair_inputs(
     }
     inputs["image_ids"][-1] = inputs["image_ids"][0]
     inputs["pixels"][-1] = inputs["pixels"][0]
-    if get_method(method).wants_dense(args):
+    if get_method(method).trains_on_dense(args):
         inputs["dense_ids"] = integers(5, VOCABULARY, (pairs, longest + 6))
         inputs["dense_lengths"] = integers(4, longest + 7, (pairs,))
         inputs["dense_ids"][-1] = inputs["dense_ids"][0]

@@ -213,6 +213,24 @@ def load_weights(path: str | Path, model: nn.Module, state: dict[str, torch.Tens
     model.load_state_dict(state)
 
 
+def start_weights(path: str | Path, model: Method, payload: dict[str, Any]) -> None:
+    """Give a new run's model the weights of the stage before, the checkpoint `payload`.
+
+    Raises InputError where it is of another method or network.
+    """
+    other, _ = restore_model(path, payload)
+    try:
+        model.start_from(other)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is of another network: give the --vit_type, --bert_path, --img_res and "
+            f"--embed_size of that run ({told:.200})"
+        ) from None
+
+
 def load_training_state(path: str | Path) -> dict[str, Any]:
     """Return a whole checkpoint of our own, for resuming. Raises InputError where it is not one."""
     payload = read_payload(path)

@@ -1,4 +1,4 @@
-"""Official checkpoints of LAPS, SEPS and improved LAPS: their layout, flags and weight names."""
+"""Official checkpoints of the LAPS family and D2S-VSE: their layout, flags and weight names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig
 
+from lib.checkpoints import official_d2s
 from lib.errors import InputError, as_input_error
 from lib.files import load_object
 from lib.methods import registry
@@ -50,7 +51,7 @@ IGNORED = re.compile(r"\.pooler\.|\.position_ids$|\.relative_position_index$")
 
 
 def is_official(payload: dict[str, Any]) -> bool:
-    """Return True for a payload in the layout of the official LAPS family."""
+    """Return True for a payload in the layout of the official LAPS family or D2S-VSE."""
     state = payload.get("model") if isinstance(payload, dict) else None
     if "format" in payload or not isinstance(state, dict):
         return False
@@ -70,25 +71,40 @@ def load_official(
 ) -> tuple[Method, argparse.Namespace]:
     """Return (model, arguments) of an official checkpoint, every weight accounted for.
 
-    `method` says whose file it is: "laps", "seps_released" or "ilaps" (which alone is recognised
-    without it). `vit_path` and `bert_path` are folders with the backbones' config.json; without
-    them the names in the file's own `opt` are looked up. Raises InputError where the method does
-    not fit, a config can't be found, or a weight is missing, left over or of another shape.
+    `method` says whose file it is: "laps" or "seps_released"; improved LAPS and D2S-VSE (read as
+    "d2s_released", or "d2s" on request) are recognised without it. `vit_path` and `bert_path` are
+    folders with the backbones' config.json; without them the names in the file's own `opt` are
+    looked up. Raises InputError where the method does not fit, a config can't be found, or a weight
+    is missing, left over or of another shape.
     """
     opt = payload.get("opt")
     if not isinstance(opt, argparse.Namespace):
         raise InputError("the official checkpoint holds no `opt` namespace with its flags")
-    method = _method_of(vars(opt), method)
-    registry.check_kept_arguments({**vars(opt), "shard_size": 1}, "the official checkpoint's opt")
-    args = _arguments(vars(opt), method)
+    state, flags = payload["model"], vars(opt)
+    if official_d2s.is_d2s(state):
+        method = _d2s_method(method)
+        state, flags = official_d2s.translated(state), official_d2s.translated_flags(flags)
+    else:
+        method = _method_of(flags, method)
+    registry.check_kept_arguments({**flags, "shard_size": 1}, "the official checkpoint's opt")
+    args = _arguments(flags, method)
     args.vit_type = vit_path or _image_source(args)
     args.bert_path = bert_path or _text_source(args)
     image_config = _config(args.vit_type, "--vit_path", ("vit", "swin"))
     text_config = _config(args.bert_path, "--bert_path", ("bert",))
     with as_input_error("no model can be built from the official checkpoint"):
         model = registry.build_model(args, text_config["vocab_size"], image_config, text_config)
-        model.load_state_dict(converted_state(payload["model"], model.state_dict()))
+        model.load_state_dict(converted_state(state, model.state_dict()))
     return model, args
+
+
+def _d2s_method(method: str | None) -> str:
+    """Return how a D2S-VSE file is to be read: as released where nothing else is asked for."""
+    if method not in (None, *official_d2s.METHODS):
+        raise InputError(
+            f"this file is a D2S-VSE model: --method d2s_released or d2s, not {method}"
+        )
+    return method or "d2s_released"
 
 
 def _method_of(flags: dict[str, Any], method: str | None) -> str:
@@ -104,7 +120,8 @@ def _method_of(flags: dict[str, Any], method: str | None) -> str:
     if method not in METHODS:
         raise InputError(
             f"--method {method} has no official checkpoint that is read here; "
-            f"choose one of {', '.join(METHODS)} (the published SEPS files are seps_released)"
+            f"choose one of {', '.join(METHODS)} (the published SEPS files are seps_released) or, "
+            "for files of D2S-VSE, d2s_released"
         )
     if method == "ilaps" and not improved:
         raise InputError(
@@ -132,7 +149,9 @@ def _arguments(flags: dict[str, Any], method: str) -> argparse.Namespace:
 
 
 def _image_source(args: argparse.Namespace) -> str:
-    """Return the hub id of the image encoder; the official flag leaves the resolution out."""
+    """Return the hub id of the image encoder; LAPS's flag leaves the resolution out."""
+    if args.method in official_d2s.METHODS:
+        return hub_id(args.vit_type)
     large = args.vit_type in ("vit", "swin") and args.img_res == 384
     return hub_id(f"{args.vit_type}_384" if large else args.vit_type)
 

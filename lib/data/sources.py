@@ -187,8 +187,8 @@ class TrainSet(Dataset):
     """Training pairs: item (epoch, index) is caption `index` with its image.
 
     Its augmentation depends on (seed, epoch, index) alone: not on workers, ranks or a resumed run.
-    Dense texts come along, not augmented, where `max_dense_word` is given; pixels do not where
-    `img_res` is None.
+    Dense texts come along where `max_dense_word` is given, their words changed only where
+    `augment_dense` says so; pixels do not where `img_res` is None.
     """
 
     def __init__(
@@ -204,6 +204,7 @@ class TrainSet(Dataset):
         cache: ImageCache | None = None,
         resample: str = "bicubic",
         features: Features | None = None,
+        augment_dense: bool = False,
     ) -> None:
         self.captions = PackedTexts(split.captions)
         self.caption_image = split.caption_image
@@ -214,6 +215,7 @@ class TrainSet(Dataset):
         self.augment_words = augment_words
         self.seed = seed
         self.max_dense_word = max_dense_word
+        self.augment_dense = augment_dense
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -225,14 +227,19 @@ class TrainSet(Dataset):
         sample = self.source.sample(row, rng) if self.source else Sample(row)
         if sample.bad_path is not None:
             return sample
-        ids = self._word_ids(self.captions[index], rng)
-        dense_ids = _dense_ids(self.dense, row, self.tokenizer, self.max_dense_word)
+        ids = self._word_ids(self.captions[index], self.max_word, self.augment_words, rng)
+        dense_ids = None
+        if self.max_dense_word is not None:
+            text = self.dense[row]
+            dense_ids = self._word_ids(text, self.max_dense_word, self.augment_dense, rng)
         return replace(sample, ids=ids, caption=index, dense_ids=dense_ids)
 
-    def _word_ids(self, caption: str, rng: np.random.Generator) -> list[int]:
-        if not self.augment_words:
-            return self.tokenizer.encode(caption, self.max_word)
-        return self.tokenizer.augment(self.tokenizer.encode_words(caption, self.max_word), rng)
+    def _word_ids(
+        self, text: str, most: int, augment: bool, rng: np.random.Generator
+    ) -> list[int]:
+        if not augment:
+            return self.tokenizer.encode(text, most)
+        return self.tokenizer.augment(self.tokenizer.encode_words(text, most), rng)
 
 
 class EvalImages(Dataset):

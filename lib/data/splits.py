@@ -54,6 +54,11 @@ class Split:
     dense: list[str] | None = None  # one dense text an image
     regions: Regions | None = None  # in the place of image files
 
+    def described(self) -> Split:
+        """Return the split with each image's dense text as its one caption."""
+        rows = np.arange(len(self.image_ids))
+        return replace(self, captions=self.dense, caption_image=rows, dense=None)
+
 
 def load_split(
     data_path: str | os.PathLike,

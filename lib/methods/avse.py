@@ -17,13 +17,11 @@ from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.image_backbones import pretrained_size
 from lib.model.losses import AlignmentLoss
-from lib.model.pooling import GPO, TokenHead
+from lib.model.pooling import GPO, TokenHead, drop_tokens
 from lib.model.precision import full_precision
 
 VIEWS = 2
 OFF_DIAGONAL_WEIGHT = 0.0051
-AUGMENT_RATE = 0.8  # share of rows that lose tokens in training
-DROP_RATE = 0.2  # largest chance of a token to be lost
 
 
 # --- formulas ----------------------------------------------------------------------------------
@@ -67,17 +65,6 @@ def cross_correlation_loss(first: Tensor, second: Tensor) -> Tensor:
     diagonal = correlation.diagonal()
     off_diagonal = correlation.square().sum() - diagonal.square().sum()
     return (diagonal - 1).square().sum() + OFF_DIAGONAL_WEIGHT * off_diagonal
-
-
-def drop_tokens(mask: Tensor) -> Tensor:
-    """Return the mask (B, N) after size augmentation; every row keeps a token that it had.
-
-    With probability 0.8 a row draws u from (0.2, 1) and loses each token with probability 0.2·u.
-    """
-    strength = torch.rand(len(mask), 1, device=mask.device)
-    strength = strength.masked_fill(strength < 1 - AUGMENT_RATE, 0)
-    kept = mask & (torch.rand(mask.shape, device=mask.device) >= DROP_RATE * strength)
-    return torch.where(kept.any(1, keepdim=True), kept, mask)
 
 
 # --- views of an image -------------------------------------------------------------------------

@@ -69,6 +69,30 @@ class Method(nn.Module):
         return None
 
     @classmethod
+    def trains_on_dense(cls, args: argparse.Namespace) -> bool:
+        """Return whether training batches carry dense texts, whoever carries them in evaluation."""
+        return cls.wants_dense(args) is not None
+
+    @classmethod
+    def pairs_from_dense(cls, args: argparse.Namespace) -> bool:
+        """Return whether training pairs are images and their dense texts, without captions."""
+        return False
+
+    @classmethod
+    def dense_words(cls, args: argparse.Namespace) -> int:
+        """Return how many word pieces of a dense text are read."""
+        return args.max_dense_word or args.max_word
+
+    @classmethod
+    def starts_from(cls, args: argparse.Namespace) -> str | None:
+        """Return the checkpoint that a new run takes its first weights from, None without."""
+        return None
+
+    def start_from(self, other: Method) -> None:
+        """Take the first weights of the model in the checkpoint that `starts_from` names."""
+        raise NotImplementedError
+
+    @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
         """Raise InputError where flags contradict each other; called before anything is loaded."""
 

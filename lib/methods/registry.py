@@ -98,6 +98,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     method.check_arguments(args)
 
 
+def longest_text(args: argparse.Namespace) -> int:
+    """Return the most word pieces that the text encoder is given at once."""
+    method = get_method(args.method)
+    dense = method.dense_words(args) if method.trains_on_dense(args) else args.max_dense_word
+    return max(args.max_word, dense)
+
+
 def build_model(
     args: argparse.Namespace,
     vocab_size: int,
@@ -116,7 +123,7 @@ def build_model(
         embed_size=args.embed_size,
         img_res=args.img_res,
         vocab_size=vocab_size,
-        max_word=max(args.max_word, args.max_dense_word),
+        max_word=longest_text(args),
         tiny_width=args.tiny_width,
         tiny_layers=args.tiny_layers,
         tiny_patch_size=args.tiny_patch_size,

@@ -12,6 +12,8 @@ from lib.batch import length_mask
 from lib.distributed import gather_rows, world_size
 
 GPO_TEMPERATURE = 0.1
+AUGMENT_RATE = 0.8  # share of rows that lose tokens in training
+DROP_RATE = 0.2  # largest chance of a token to be lost
 
 
 def max_k_pool(tokens: Tensor, mask: Tensor, k: int) -> Tensor:
@@ -23,6 +25,17 @@ def max_k_pool(tokens: Tensor, mask: Tensor, k: int) -> Tensor:
     top = hidden.topk(min(k, tokens.shape[1]), dim=1).values  # (B, k, C)
     real = top > -math.inf
     return top.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+def drop_tokens(mask: Tensor) -> Tensor:
+    """Return the mask (B, N) after size augmentation; every row keeps a token that it had.
+
+    With probability 0.8 a row draws u from (0.2, 1) and loses each token with probability 0.2·u.
+    """
+    strength = torch.rand(len(mask), 1, device=mask.device)
+    strength = strength.masked_fill(strength < 1 - AUGMENT_RATE, 0)
+    kept = mask & (torch.rand(mask.shape, device=mask.device) >= DROP_RATE * strength)
+    return torch.where(kept.any(1, keepdim=True), kept, mask)
 
 
 class GPO(nn.Module):

@@ -15,7 +15,6 @@ from lib.errors import InputError
 from lib.methods.avse import (
     block_similarity,
     cross_correlation_loss,
-    drop_tokens,
     radial_order,
     run_blocks,
     unit_blocks,
@@ -23,7 +22,7 @@ from lib.methods.avse import (
 )
 from lib.methods.registry import get_method
 from lib.model.encoders import ImageEncoder
-from lib.model.pooling import TokenHead
+from lib.model.pooling import TokenHead, drop_tokens
 from tests.helpers import encode, pair_inputs, tiny_args, tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "avse_modules.npz"

@@ -14,6 +14,11 @@ from tests.helpers import encode, pair_inputs, tiny_model
 # Parameters that a training step may leave without gradient, and why.
 WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
 
+# Methods whose embedding of a caption depends on its batch, and why.
+BATCH_MATES_MATTER = {
+    "d2s_released": "NOTE: its decoder reads padding, as the released code's does",
+}
+
 METHODS = method_names()
 
 
@@ -73,10 +78,12 @@ def test_batch_mates_change_nothing(method):
     model = tiny_model(method).eval()
     with torch.no_grad():
         whole = model.similarity(*encode(model, inputs))
+        differences = []
         for i in range(3):
             one = {name: value[i : i + 1] for name, value in inputs.items()}
             alone = model.similarity(*encode(model, one))
-            torch.testing.assert_close(alone[0, 0], whole[i, i], atol=1e-5, rtol=0)
+            differences.append(float((alone[0, 0] - whole[i, i]).abs()))
+    assert (max(differences) > 1e-5) == (method in BATCH_MATES_MATTER)
 
 
 def test_shard_size_changes_nothing(method):
