@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from lib.errors import InputError, as_input_error, first_line
 from lib.files import check_folder, load_object
+from lib.model.timm_backbones import TimmConfig
 
 HUB_IDS = {
     "vit": "google/vit-base-patch16-224-in21k",
@@ -79,6 +80,8 @@ def tiny_text_config(vocab_size: int, width: int, layers: int, positions: int) -
 
 def saved_config(config: dict) -> PretrainedConfig:
     """Return the config that a checkpoint keeps as a dictionary."""
+    if config["model_type"] == TimmConfig.model_type:
+        return TimmConfig(**{key: v for key, v in config.items() if key != "model_type"})
     return AutoConfig.for_model(**config)
 
 

@@ -23,6 +23,7 @@ from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
 from lib.model.preprocessing import Preprocessing, choose_preprocessing
 from lib.model.text_backbones import most_positions, text_hidden
+from lib.model.timm_backbones import PREFIX, TimmConfig, build_timm, timm_preprocessing
 
 
 def _projection(width: int, embed_size: int) -> nn.Module:
@@ -224,11 +225,19 @@ def build_image_encoder(
         saved = values.pop(PREPROCESSING, None)
         preprocessing = saved and Preprocessing.from_plain(saved)
         source = saved_config(values)
+    elif vit_type.startswith(PREFIX):
+        size = list(image_size(img_res))
+        source = TimmConfig(architecture=vit_type.removeprefix(PREFIX), image_size=size)
     elif vit_type == "tiny":
         source = tiny_image_config(image_size(img_res), *tiny)
     else:
         source = folder = hub_id(vit_type)
-    backbone = load_backbone(source, "--vit_type")
+    if isinstance(source, TimmConfig):
+        backbone = build_timm(source, pretrained=config is None)
+        own = image_norm != "imagenet"
+        preprocessing = preprocessing or (timm_preprocessing(backbone) if own else Preprocessing())
+    else:
+        backbone = load_backbone(source, "--vit_type")
     if preprocessing is None:
         preprocessing = choose_preprocessing(image_norm, backbone.config, folder)
     return ImageEncoder(backbone, embed_size, img_res, preprocessing)

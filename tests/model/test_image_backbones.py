@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,6 +206,63 @@ def test_a_convolutional_map_is_a_grid_too(tmp_path):
     encoder = build_image_encoder(str(tmp_path), 24, (64, 96)).eval()
     assert (encoder.grid, encoder.has_cls, encoder.width) == ((8, 12), False, 16)
     assert encoder(torch.rand(2, 3, 64, 96)).local.shape == (2, 96, 24)
+
+
+# --- timm --------------------------------------------------------------------------------------
+
+TIMM = {  # name: grid, [CLS], registers, width at 64 x 32
+    "vit_tiny_patch16_224": ((4, 2), True, 0, 192),
+    "deit_tiny_distilled_patch16_224": ((4, 2), True, 1, 192),
+    "vit_small_patch14_reg4_dinov2": ((4, 2), True, 4, 384),
+    "resnet10t": ((2, 1), False, 0, 512),
+}
+
+
+@pytest.fixture
+def untrained_timm(monkeypatch):
+    """timm without its hub: what asks for pretrained weights gets random ones."""
+    timm = pytest.importorskip("timm", reason="timm is an extra")
+    create = timm.create_model
+
+    def random(name: str, pretrained: bool, **options):
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", random)
+    return timm
+
+
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_timm_models_have_their_layout_and_survive_a_checkpoint(name, untrained_timm):
+    grid, has_cls, registers, width = TIMM[name]
+    size = (56, 28) if "patch14" in name else (64, 32)
+    encoder = build_image_encoder(f"timm/{name}", 24, size).eval()
+    layout = encoder.layout
+    assert (layout.grid, layout.has_cls) == (grid, has_cls)
+    assert (layout.registers, layout.width) == (registers, width)
+    pixels = torch.rand(2, 3, *size)
+    plain = encoder.backbone.model.forward_features(pixels)
+    expected = plain.flatten(2).mT if plain.ndim == 4 else plain[:, int(has_cls) + registers :]
+    torch.testing.assert_close(encoder(pixels).local, encoder.proj(expected))
+    kept = json.loads(json.dumps(encoder.config()))
+    again = build_image_encoder("nowhere", 24, size, config=kept).eval()
+    again.load_state_dict(encoder.state_dict())
+    assert torch.equal(again(pixels).local, encoder(pixels).local)
+    assert again.preprocessing == encoder.preprocessing
+
+
+def test_timm_tells_its_preprocessing_and_what_it_does_not_know(untrained_timm):
+    name = "timm/vit_tiny_patch16_224"  # its weights were trained on pixels in [-1, 1]
+    assert build_image_encoder(name, 24, 32).preprocessing.mean == (0.5, 0.5, 0.5)
+    assert build_image_encoder(name, 24, 32, image_norm="imagenet").preprocessing == Preprocessing()
+    with pytest.raises(InputError, match="--vit_type timm/nothing: timm can't build it"):
+        build_image_encoder("timm/nothing", 24, 32)
+
+
+def test_missing_timm_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="needs timm, which is not installed: pip install timm"):
+        build_image_encoder("timm/vit_tiny_patch16_224", 24, 32)
 
 
 # --- preprocessing -----------------------------------------------------------------------------
