@@ -270,7 +270,8 @@ def eval_parser() -> Parser:
     group.add_argument(
         "--checkpoint",
         default=None,
-        help="a model_best.pth, ours or an official one; default: every runs/{dataset}_* folder",
+        help="a model_best.pth, ours or an official one, a model's or run's folder, or a hub id; "
+        "default: every runs/{dataset}_* folder",
     )
     group.add_argument("--vit_path", default=None, help="folder with the image config.json")
     group.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")

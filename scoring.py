@@ -14,6 +14,7 @@ from arguments import final_evaluation, process_settings
 from data import open_features, open_image_cache, prepare_scenes, read_split, validation_loaders
 from lib import distributed
 from lib.checkpoints.checkpoint import restore_model
+from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
 from lib.files import check_destination
 from lib.methods.base import Method
@@ -38,6 +39,7 @@ def evaluate_checkpoint(
     `args` are eval.py's. Raises InputError for a checkpoint, data or destination that can't be
     used, the destinations before the work.
     """
+    checkpoint = checkpoint_file(checkpoint)
     _check_destinations(checkpoint, args)
     cache = open_image_cache(args)
     payload = read_payload(checkpoint)

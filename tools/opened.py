@@ -12,6 +12,7 @@ import torch
 
 from lib.batch import Batch
 from lib.checkpoints.checkpoint import restore_model
+from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
 from lib.data.loaders import Collate, image_loader
 from lib.data.sources import EvalImages, Sample
@@ -28,7 +29,11 @@ from vocab import WordTokenizer, checkpoint_tokenizer
 def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --checkpoint, and what official checkpoints need beside it."""
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", required=required, help="a model_best.pth, ours or official")
+    group.add_argument(
+        "--checkpoint",
+        required=required,
+        help="a model_best.pth, ours or official, a model's folder or hub id",
+    )
     group.add_argument("--method", default=None, help="of an official checkpoint")
     group.add_argument("--vit_path", default=None, help="folder with the image config.json")
     group.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")
@@ -117,6 +122,7 @@ def open_checkpoint(
     device: str = "cpu",
 ) -> Opened:
     """Return the opened checkpoint. Raises InputError where that fails, or it reads no pixels."""
+    checkpoint = checkpoint_file(checkpoint)
     payload = read_payload(checkpoint)
     model, args = restore_model(checkpoint, payload, method, vit_path, bert_path, device)
     if args.precomp or not model.uses_pixels:

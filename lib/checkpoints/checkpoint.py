@@ -116,6 +116,8 @@ def load_model(
 ) -> tuple[Method, argparse.Namespace]:
     """Return (model in evaluation mode, its arguments) from our own or an official checkpoint.
 
+    `path` is a checkpoint file, a model's or run's folder, or the id of one on a hub.
+
     Official files need `method` ("laps", "seps_released" or "ilaps"); `vit_path` and `bert_path`
     are folders with the backbones' config.json, which spare the model hub. Nothing pickled is ever
     executed. Raises InputError where the file can't be read, or a weight is missing or left over.

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lib.checkpoints.hub import WEIGHTS, checkpoint_file, is_model_folder, read_folder
 from lib.errors import InputError, as_input_error, first_line
 from lib.files import check_file, parse_json
 
@@ -21,14 +22,18 @@ SAFETENSORS = ".safetensors"
 
 
 def read_payload(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint file holds, tensors on the CPU, without executing pickled code.
+    """Return what a checkpoint holds, tensors on the CPU, without executing pickled code.
 
+    `path` is a file, a model's or run's folder, or a hub id, as `checkpoint_file` takes them.
     Besides tensors and plain values only argparse.Namespace is let in, which official files hold.
     Raises InputError where the file is missing, is not a checkpoint, or asks for anything else; the
     refused name is in the message.
     """
+    path = checkpoint_file(path)
     check_file(path)
-    if Path(path).suffix == SAFETENSORS:
+    if path.name == WEIGHTS and is_model_folder(path.parent):
+        return read_folder(path.parent)
+    if path.suffix == SAFETENSORS:
         return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
