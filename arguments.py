@@ -13,6 +13,7 @@ from lib.errors import InputError, InputWarning
 from lib.files import load_object
 from lib.flags import IntegerList, Parser, check_kinds, given_flags
 from lib.methods import registry
+from lib.model.selection import CONTROLS
 from lib.ranges import check_ranges
 
 # What a data set changes in the defaults, for any other nothing; a flag given always wins.
@@ -20,7 +21,10 @@ DATASET_DEFAULTS = {
     "scenes": {
         "vit_type": "tiny",
         "bert_path": "tiny",
-        "img_res": 96,
+        "img_res": 112,
+        "tiny_patch_size": 8,
+        "image_score": "distinct",
+        "sibling_share": 0.2,
         "embed_size": 64,
         "sim_dim": 64,
         "batch_size": 64,
@@ -96,6 +100,13 @@ def _add_training_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--image_augment", type=int, default=1, help="random crop and flip in training"
+    )
+    group.add_argument(
+        "--sibling_share",
+        type=float,
+        default=0.0,
+        help="share of the pairs put into one batch with that of the sibling image, which differs "
+        "in one fact (scenes alone has siblings)",
     )
     group.add_argument(
         "--val_split",
@@ -282,6 +293,13 @@ def eval_parser() -> Parser:
     )
     _add_amp(group)
     _add_gpu(group)
+    group.add_argument(
+        "--selection_control",
+        default=None,
+        choices=CONTROLS,
+        help="instead of the patches that the model chooses keep as many at random, or those it "
+        "likes least, to see what its choice is worth; the result is stored under its own name",
+    )
     group.add_argument("--runs", default="runs", help="folder searched without --checkpoint")
     _add_results(group)
     group.add_argument(

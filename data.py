@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from lib.data.features import FeatureCache, Key, fill, wanted_views
 from lib.data.image_cache import ImageCache
 from lib.data.layout import dense_file, describe_command
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
+from lib.data.scenes.facts import named_coverage, sibling_captions
 from lib.data.scenes.generate import generate_scenes
 from lib.data.sources import EvalCaptions, EvalImages, TrainSet
 from lib.data.splits import (
@@ -160,7 +162,18 @@ def training_loader(
         features=features,
     )
     ranks = {"rank": distributed.rank(), "world": distributed.world_size()}
-    return train_loader(dataset, args.batch_size, args.workers, pin, **ranks)
+    siblings = None
+    if args.sibling_share:
+        siblings = sibling_captions(Path(args.data_path) / "scenes", split)
+    return train_loader(
+        dataset,
+        args.batch_size,
+        args.workers,
+        pin,
+        **ranks,
+        siblings=siblings,
+        sibling_share=args.sibling_share,
+    )
 
 
 def validation_loaders(
@@ -275,6 +288,11 @@ def _fill_share(
 def _resample(args: argparse.Namespace) -> str:
     """Return the filter that the model's image encoder likes images resized with."""
     return getattr(args, "image_filter", "bicubic")
+
+
+def scenes_coverage(args: argparse.Namespace, split: Split, grid: tuple[int, int]) -> np.ndarray:
+    """Return `named_coverage` of a split of `scenes`."""
+    return named_coverage(Path(args.data_path) / "scenes", split, grid)
 
 
 def _dense_words(args: argparse.Namespace) -> int:

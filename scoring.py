@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,27 @@ import numpy as np
 import torch
 
 from arguments import final_evaluation, process_settings
-from data import open_features, open_image_cache, prepare_scenes, read_split, validation_loaders
+from data import (
+    open_features,
+    open_image_cache,
+    prepare_scenes,
+    read_split,
+    scenes_coverage,
+    validation_loaders,
+)
 from lib import distributed
 from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
+from lib.data.splits import Split
+from lib.errors import InputError
 from lib.files import check_destination
 from lib.methods.base import Method
 from lib.methods.registry import get_method
 from lib.model.precision import autocast_for
-from lib.retrieval.evaluation import split_similarity, split_tables
+from lib.model.selection import control_selection
+from lib.retrieval.evaluation import SplitLoaders, split_similarity, split_tables
+from lib.retrieval.kept_area import named_area_kept
 from lib.retrieval.result_files import file_digest, save_matrix, write_results
 from lib.retrieval.tables import format_table
 from vocab import checkpoint_tokenizer
@@ -48,6 +60,7 @@ def evaluate_checkpoint(
     settings = evaluation_settings(args, trained)
     if args.shard_size:
         model.shard_size = args.shard_size
+    _control(model, args.selection_control, trained)
     prepare_scenes(settings)
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
@@ -57,11 +70,17 @@ def evaluate_checkpoint(
         settings, split, tokenizer, model.dense_owner, pin, cache, features
     )
     started = time.perf_counter()
-    matrix = split_similarity(model, loaders, device, autocast_for(args.amp, device))
+    autocast = autocast_for(args.amp, device)
+    matrix = split_similarity(model, loaders, device, autocast)
     seconds = time.perf_counter() - started
     tables = split_tables(split.dataset, split.name, split.caption_image, matrix)
     facts = result_facts(checkpoint, model, trained, args, seconds)
     facts["images"], facts["captions"] = matrix.shape
+    if distributed.is_main():
+        facts |= _kept_area(settings, model, split, loaders, device, autocast)
+    if args.selection_control:
+        facts["selection_control"] = args.selection_control
+        tables = {f"{name}_{args.selection_control}": table for name, table in tables.items()}
     results = {name: {**table, **facts} for name, table in tables.items()}
     if distributed.is_main():
         report(checkpoint, results, args, matrix)
@@ -73,6 +92,30 @@ def evaluate_best(args: argparse.Namespace) -> None:
     device = distributed.start_processes(**process_settings(args))
     asked = final_evaluation(args)
     evaluate_checkpoint(Path(asked.checkpoint), asked, device)
+
+
+def _control(model: Method, control: str | None, trained: argparse.Namespace) -> None:
+    """Put a control in the place of the model's choice of patches, where asked."""
+    if control and not control_selection(model, control, trained.seed):
+        raise InputError(
+            f"--selection_control {control}: {model.name} keeps all patches; leave out the flag"
+        )
+
+
+def _kept_area(
+    settings: argparse.Namespace,
+    model: Method,
+    split: Split,
+    loaders: SplitLoaders,
+    device: torch.device,
+    autocast: Callable,
+) -> dict[str, Any]:
+    """Return how much of the things that captions name is kept, where the data set knows them."""
+    if not model.uses_pixels or settings.dataset != "scenes" or settings.precomp:
+        return {}
+    coverage = scenes_coverage(settings, split, model.image_encoder.grid)
+    found = named_area_kept(model, loaders, coverage, device, autocast)
+    return {} if found is None else {"named_area": found}
 
 
 def _check_destinations(checkpoint: Path, args: argparse.Namespace) -> None:
@@ -128,6 +171,12 @@ def report(
     for name, table in results.items():
         if table["ties"]:
             print(f"{name}: {table['ties']} tied queries, counted against the model")
+    if "named_area" in facts:
+        area = facts["named_area"]
+        print(
+            f"named area kept: {area['kept']:.3f} (patches at random {area['random']:.3f}, "
+            f"the best choice of as many {area['boxes']:.3f})"
+        )
     if args.save_results:
         path = checkpoint.with_name(RESULTS)
         write_results(path, results)

@@ -68,7 +68,7 @@ RANGES = _table(
         "learning_rate gumbel_tau decay_rate scan_lambda_t2i scan_lambda_i2t dist_timeout"
         " time_limit",
     ),
-    shares=(Range(0, 1), "attention_weight token_selection_ratio"),
+    shares=(Range(0, 1), "attention_weight token_selection_ratio sibling_share"),
     shares_above_zero=(
         Range(0, 1, low_open=True),
         "sparse_ratio aggr_ratio avse_keep_train avse_keep_eval threshold top_p",

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig
 from lib.data.scenes.generate import generate_scenes
 from vocab import WordTokenizer, learn_vocabulary
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SENTENCES = (
     "a man with a red hat",
     "two dogs run on the grass",

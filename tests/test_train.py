@@ -25,8 +25,8 @@ from tests.helpers import encode, pair_inputs, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    "--dataset scenes --scenes_size 32,16,16 --img_res 64 --embed_size 32 --tiny_width 32 "
-    "--tiny_layers 1 --batch_size 16 --workers 0 --log_step 1 --num_epochs 2"
+    "--dataset scenes --scenes_size 32,16,16 --img_res 64 --tiny_patch_size 16 --embed_size 32 "
+    "--tiny_width 32 --tiny_layers 1 --batch_size 16 --workers 0 --log_step 1 --num_epochs 2"
 )
 
 

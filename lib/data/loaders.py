@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -32,11 +33,20 @@ class PairSampler(BatchSampler):
     Step s of an epoch takes the same `batch_size * world` pairs whatever their share: rank r gets
     the r-th slice of them. The last, incomplete global batch is left out. The epoch travels with
     the index because persistent workers keep the data set they started with.
+    Where `siblings` names for each pair another that is much like it (-1: none), a `sibling_share`
+    of the pairs is followed by its sibling, so that a batch asks what tells the two apart.
     Raises InputError where not one batch can be filled.
     """
 
     def __init__(
-        self, num_pairs: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        num_pairs: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        siblings: np.ndarray | None = None,
+        sibling_share: float = 0.0,
     ) -> None:
         if num_pairs < batch_size * world:
             raise InputError(
@@ -48,6 +58,8 @@ class PairSampler(BatchSampler):
         self.seed = seed
         self.rank = rank
         self.world = world
+        self.siblings = siblings if sibling_share > 0 else None
+        self.sibling_share = sibling_share
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
@@ -60,10 +72,32 @@ class PairSampler(BatchSampler):
         return self.num_pairs // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = seeded_generator(ORDER_STREAM, self.seed, self.epoch).permutation(self.num_pairs)
+        rng = seeded_generator(ORDER_STREAM, self.seed, self.epoch)
+        order = rng.permutation(self.num_pairs)
+        if self.siblings is not None:
+            order = _beside_siblings(order, self.siblings, self.sibling_share, rng)
         for step in range(self.start_step, len(self)):
             first = (step * self.world + self.rank) * self.batch_size
             yield [(self.epoch, int(index)) for index in order[first : first + self.batch_size]]
+
+
+def _beside_siblings(
+    order: np.ndarray, siblings: np.ndarray, share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return the same pairs, about a `share` of them right after or before their sibling."""
+    leads = rng.random(len(order)) < share  # of two siblings the first to come decides
+    taken = np.zeros(len(order), bool)
+    together = []
+    for index in order.tolist():
+        if taken[index]:
+            continue
+        group = [index]
+        sibling = int(siblings[index])
+        if leads[index] and sibling >= 0 and not taken[sibling]:
+            group.append(sibling)
+        taken[group] = True
+        together += group
+    return np.array(together)
 
 
 class Collate:
@@ -175,12 +209,18 @@ def train_loader(
     pin_memory: bool = False,
     rank: int = 0,
     world: int = 1,
+    siblings: np.ndarray | None = None,
+    sibling_share: float = 0.0,
 ) -> TrainLoader:
     """Return the loader of training batches of `batch_size` pairs per process.
 
+    `siblings` and `sibling_share` as in `PairSampler`.
+
     Raises InputError where the data set does not fill one batch.
     """
-    sampler = PairSampler(len(dataset), batch_size, dataset.seed, rank, world)
+    sampler = PairSampler(
+        len(dataset), batch_size, dataset.seed, rank, world, siblings, sibling_share
+    )
     loader = _loader(dataset, dataset.tokenizer, num_workers, pin_memory, batch_sampler=sampler)
     return TrainLoader(loader, sampler)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+from lib.errors import InputError
 
 SLIMMING_FLAGS = ("sparse_ratio", "aggr_ratio", "ratio_weight", "detach_patches")
 
@@ -95,3 +98,21 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "for it; infonce: symmetric InfoNCE",
     )
     loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")
+
+
+def dense_owner(dense_side: str, dense_match: str) -> str | None:
+    """Return who is given the dense text. Raises InputError where that would mix protocols."""
+    if dense_match == "none":
+        return None if dense_side == "none" else dense_side
+    if dense_side == "caption":
+        raise InputError(
+            f"--dense_match {dense_match} matches the dense texts of gallery images, and "
+            "--dense_side caption reads that of the caption's own image: give --dense_side image "
+            "or none"
+        )
+    return "image"
+
+
+def settings_of(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Return the values of flags that a constructor takes under the same names."""
+    return {name: getattr(args, name) for name in names.split()}

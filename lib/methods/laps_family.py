@@ -66,7 +66,8 @@ class LapsFamily(Method):
 
     @property
     def is_fused(self) -> bool:
-        return not self.training and kernels.serves(self.network.head.scale)
+        learned = self.network.selection.control is None
+        return learned and not self.training and kernels.serves(self.network.head.scale)
 
     def prepare_images(self, images: Tokens) -> SlimmedImages:
         return self.network.prepare(self.patches_of(images), images.cls, fused=self.is_fused)

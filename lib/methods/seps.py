@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.batch import Rows, Tokens
 from lib.errors import InputError
 from lib.methods.base import Method
-from lib.methods.flags import SLIMMING_FLAGS
+from lib.methods.flags import SLIMMING_FLAGS, dense_owner, settings_of
 from lib.methods.registry import register_method
 from lib.model import kernels
 from lib.model.alignment import DenseMatch, MatchRows, Relevance, best_affinities, relevance_aware
@@ -19,7 +19,9 @@ from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.gram import PairTokens, unit
 from lib.model.losses import AlignmentLoss, ratio_loss
+from lib.model.selection import Selection
 from lib.model.slimming import (
+    IMAGE_SCORES,
     Aggregation,
     AggregationHead,
     Branch,
@@ -28,8 +30,10 @@ from lib.model.slimming import (
     aggregated_count,
     aggregation,
     dropped_sum,
+    drops_any,
     global_scores,
     gumbel_decision,
+    image_score,
     kept_count,
     masked_mean,
     min_max,
@@ -38,11 +42,11 @@ from lib.model.slimming import (
     selected_softmax,
     selected_sums,
     summarise_text,
-    top_k_mask,
-    with_weights,
 )
 
 GUMBEL_TAU = 0.03  # six of seven kept patches are then in the top K
+SETTINGS = """embed_size shard_size sparse_ratio aggr_ratio attention_weight image_score
+ratio_weight selection gumbel_tau relevance relevance_topk dense_side dense_match"""
 DENSE_WEIGHT = 0.1  # where the learnt weight of --dense_match starts
 
 
@@ -100,6 +104,7 @@ class SEPS(Method):
         sparse_ratio: float = 0.5,
         aggr_ratio: float = 0.4,
         attention_weight: float = 0.8,
+        image_score: str = "mean",
         ratio_weight: float = 2.0,
         ratio_lambdas: tuple[float, float] = (0.5, 0.5),
         selection: str = "topk",
@@ -110,13 +115,15 @@ class SEPS(Method):
         dense_match: str = "none",
         detach_patches: bool = False,
     ) -> None:
-        owner = _dense_owner(dense_side, dense_match)
+        owner = dense_owner(dense_side, dense_match)
         super().__init__(image_encoder, text_encoder, criterion, shard_size, owner)
         num_patches = image_encoder.num_patches
         tokens = aggregated_count(num_patches, sparse_ratio, aggr_ratio)
         self.sparse_ratio = sparse_ratio
         self.kept = kept_count(num_patches, sparse_ratio)
         self.beta = attention_weight / 2
+        self.image_score = image_score
+        self.patch_selection = Selection()
         self.ratio_weight = ratio_weight
         self.ratio_lambdas = ratio_lambdas
         self.selection = selection
@@ -135,6 +142,13 @@ class SEPS(Method):
 
     @classmethod
     def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
+        group.add_argument(
+            "--image_score",
+            default="mean",
+            choices=IMAGE_SCORES,
+            help="s^im of eq. 3: likeness to the image's mean patch (eq. 2), which favours what "
+            "fills the picture; distinct: 1 minus that (ours); none: left out",
+        )
         group.add_argument(
             "--selection", default="topk", choices=["topk", "gumbel"], help="of patches"
         )
@@ -158,21 +172,17 @@ class SEPS(Method):
             help="whose dense text guides: the image's own; that of the caption's image (the "
             "oracle protocol); none",
         )
-        group.add_argument(
-            "--ratio_lambda_sparse",
-            type=float,
-            default=0.5,
-            help="of the sparse share in the ratio loss",
-        )
-        group.add_argument("--ratio_lambda_dense", type=float, default=0.5, help="the same, dense")
+        for branch in ("sparse", "dense"):
+            told = f"of the {branch} share in the ratio loss"
+            group.add_argument(f"--ratio_lambda_{branch}", type=float, default=0.5, help=told)
 
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str | None:
-        return _dense_owner(args.dense_side, args.dense_match)
+        return dense_owner(args.dense_side, args.dense_match)
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
-        _dense_owner(args.dense_side, args.dense_match)
+        dense_owner(args.dense_side, args.dense_match)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> SEPS:
@@ -180,19 +190,8 @@ class SEPS(Method):
             source.image(),
             source.text(),
             AlignmentLoss.from_args(args),
-            embed_size=args.embed_size,
-            shard_size=args.shard_size,
-            sparse_ratio=args.sparse_ratio,
-            aggr_ratio=args.aggr_ratio,
-            attention_weight=args.attention_weight,
-            ratio_weight=args.ratio_weight,
+            **settings_of(args, SETTINGS),
             ratio_lambdas=(args.ratio_lambda_sparse, args.ratio_lambda_dense),
-            selection=args.selection,
-            gumbel_tau=args.gumbel_tau,
-            relevance=args.relevance,
-            relevance_topk=args.relevance_topk,
-            dense_side=args.dense_side,
-            dense_match=args.dense_match,
             detach_patches=bool(args.detach_patches),
         )
 
@@ -202,17 +201,18 @@ class SEPS(Method):
 
     @property
     def is_fused(self) -> bool:
-        eligible = self.guide != "caption" and not self.training
+        learned = self.patch_selection.control is None
+        eligible = learned and self.guide != "caption" and not self.training
         return eligible and kernels.serves(self.sparse_head.scale)
 
     @property
     def score_range(self) -> tuple[float, float] | None:
         if self.dense_match is not None:
             return None  # its learnt weight has no bound
-        ends = self.word_relevance.range, self.token_relevance.range
-        return (
-            None if None in ends else (-0.2 + ends[0][0] + ends[1][0], 2 + ends[0][1] + ends[1][1])
-        )
+        words, tokens = self.word_relevance.range, self.token_relevance.range
+        if words is None or tokens is None:
+            return None
+        return -0.2 + words[0] + tokens[0], 2 + words[1] + tokens[1]
 
     @property
     def scores_repeat(self) -> bool:
@@ -227,7 +227,7 @@ class SEPS(Method):
 
     def prepare_images(self, images: Tokens) -> SEPSImages:
         patches = images.local.detach() if self.detach_patches else images.local  # (B_v, L, C)
-        s_im = self._image_score(patches, images.mask)
+        s_im = image_score(patches, images.mask, self.image_score)
         # the part of eq. 3 that no text changes, for both branches
         base = (1 - 2 * self.beta) * self.patch_score(patches) + self.beta * s_im  # (B_v, L)
         made = aggregation(self.sparse_head, patches, self.is_fused)
@@ -247,11 +247,6 @@ class SEPS(Method):
             prepared.match = self.dense_match.prepare(images.dense)
         return prepared
 
-    @torch.no_grad()
-    def _image_score(self, patches: Tensor, mask: Tensor) -> Tensor:
-        """Return s^im of eq. 2, (B_v, L)."""
-        return min_max(own_scores(patches, masked_mean(patches, mask)))
-
     def _image_dense(
         self, patches: Tensor, base: Tensor, dense: Tokens
     ) -> tuple[DenseBranch, Tensor, Tensor]:
@@ -268,7 +263,7 @@ class SEPS(Method):
             weights=selected_softmax(self.dense_head(patches), decision),
             kept=decision.to(base.dtype).mean(-1),
         )
-        return branch, fused.to(patches.dtype) @ patches, _drops_any(decision)
+        return branch, fused.to(patches.dtype) @ patches, drops_any(decision)
 
     def prepare_texts(self, texts: Tokens) -> SEPSTexts:
         prepared = SEPSTexts(**vars(summarise_text(texts.local, texts.mask)))
@@ -306,11 +301,11 @@ class SEPS(Method):
         maps["kept_sparse"] = sparse.kept
         sums, masks = [sparse.local, sparse.dropped], [sparse.drops[..., None]]
         if self.guide == "image":
-            sums[0] = with_weights(sparse.local, images.image_dense.weights[:, None])
+            sums[0] = sparse.local.plus(images.image_dense.weights[:, None])
         elif self.guide == "caption":
             dense = self._branch(images, images.caption_dense, texts.dense_embedding)
             maps["kept_dense"] = dense.kept
-            sums[0] = with_weights(sparse.local, with_weights(dense.local, 0).weights)
+            sums[0] = sparse.local.plus(dense.local.scaled(dense.local.weights))
             sums.append(dense.dropped)
             masks.append(dense.drops[..., None])
         masks.insert(0, sparse.drops.new_ones(*shape, sums[0].weights.shape[2]))
@@ -357,7 +352,7 @@ class SEPS(Method):
             local=selected_sums(made, decision),
             dropped=dropped_sum(significance, decision),
             kept=decision.to(significance.dtype).mean(-1),
-            drops=_drops_any(decision),
+            drops=drops_any(decision),
         )
 
     @property
@@ -369,7 +364,7 @@ class SEPS(Method):
         """Return which patches stay: bool (…, L), or straight-through float in Gumbel training."""
         if self.selection == "gumbel" and self.training:
             return gumbel_decision(significance, self.kept, self.gumbel_tau)
-        return top_k_mask(significance.detach(), self.kept)
+        return self.patch_selection(significance.detach(), self.kept)
 
     @torch.no_grad()
     def patch_choice(self, images: Tokens, texts: Tokens) -> PatchChoice:
@@ -377,7 +372,7 @@ class SEPS(Method):
         shape, patches = (len(images), len(texts), -1), prepared.patches
         parts = {
             "s^p": self.patch_score(patches)[:, None].expand(shape),
-            "s^im": self._image_score(patches, images.mask)[:, None].expand(shape),
+            "s^im": image_score(patches, images.mask, self.image_score)[:, None].expand(shape),
             "s^st": min_max(global_scores(patches, captions.embedding)),
         }
         if self.guide == "image":
@@ -389,7 +384,7 @@ class SEPS(Method):
         named = {branch: parts[one] for branch, one in texts_of.items() if one in parts}
         base = prepared.base[:, None]
         scores = {branch: base + self.beta * one for branch, one in named.items()}
-        kept = {branch: top_k_mask(one, self.kept) for branch, one in scores.items()}
+        kept = {branch: self.patch_selection(one, self.kept) for branch, one in scores.items()}
         return PatchChoice(kept, {**scores, **parts})
 
     # --- training ------------------------------------------------------------------------------
@@ -409,20 +404,3 @@ class SEPS(Method):
         if "kept_dense" in maps:
             losses["kept_dense"] = maps["kept_dense"].detach().mean()
         return losses
-
-
-def _dense_owner(dense_side: str, dense_match: str) -> str | None:
-    """Return who is given the dense text. Raises InputError where that would mix protocols."""
-    if dense_match == "none":
-        return None if dense_side == "none" else dense_side
-    if dense_side == "caption":
-        raise InputError(
-            f"--dense_match {dense_match} matches the dense texts of gallery images, and "
-            "--dense_side caption reads that of the caption's own image: give --dense_side image "
-            "or none"
-        )
-    return "image"
-
-
-def _drops_any(decision: Tensor) -> Tensor:
-    return (decision.detach() < 0.5).any(-1) if decision.is_floating_point() else ~decision.all(-1)

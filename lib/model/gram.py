@@ -39,6 +39,10 @@ class PatchSums:
             return values
         return values / self.mass.reshape(*self.mass.shape, *[1] * (values.dim() - 3))
 
+    def plus(self, weights: Tensor) -> PatchSums:
+        """Return the sums with more weights on the same patches, (B_v, T or 1, N, L)."""
+        return PatchSums(self.scaled(self.weights) + weights)
+
 
 class PairTokens:
     """The tokens of every pair: sums of patches, and `fixed` ones that no caption changes.

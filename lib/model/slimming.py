@@ -16,8 +16,10 @@ from torch.nn.functional import normalize
 from lib.batch import Rows
 from lib.model.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit
 from lib.model.precision import full_precision, is_half
+from lib.model.selection import Selection, top_k_mask
 
 UNIFORM_MARGIN = 1e-6  # of Gumbel noise, from 0 and from 1
+IMAGE_SCORES = ("mean", "distinct", "none")
 LARGEST_EXPONENT = 30.0  # of a logit above the kept ones
 
 
@@ -56,22 +58,26 @@ def own_scores(patches: Tensor, embeddings: Tensor) -> Tensor:
     return (normalize(patches, dim=-1) @ normalize(embeddings, dim=-1)[:, :, None]).squeeze(-1)
 
 
+@torch.no_grad()
+def image_score(patches: Tensor, mask: Tensor, kind: str = "mean") -> Tensor:
+    """Return s^im of SEPS eq. 2 in [0, 1], no gradient: (B, L, C), (B, L) -> (B, L).
+
+    `mean`: likeness to the image's mean patch. NOTE: that favours what a picture is full of, its
+    background where things are small; `distinct`, 1 − that, and `none`, 0, are ours.
+    """
+    if kind == "none":
+        return patches.new_zeros(
+            patches.shape[:2], dtype=torch.promote_types(patches.dtype, torch.float32)
+        )
+    likeness = min_max(own_scores(patches, masked_mean(patches, mask)))
+    return 1 - likeness if kind == "distinct" else likeness
+
+
 @full_precision
 def min_max(scores: Tensor) -> Tensor:
     """Return the scores stretched to [0, 1] over the last dimension; constant rows become 0."""
     low, high = scores.aminmax(dim=-1, keepdim=True)
     return (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).eps)
-
-
-def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """Return the bool mask of the k largest scores of each row, (…, L); of ties, the first stay."""
-    if k >= scores.shape[-1]:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.topk(k, dim=-1).values[..., -1:]
-    above = scores > threshold
-    tied = scores == threshold
-    room = k - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1) <= room))
 
 
 @full_precision
@@ -113,6 +119,11 @@ def selected_softmax(logits: Tensor, decision: Tensor) -> Tensor:
     top = top.masked_fill(top == -math.inf, 0)
     mass = decision * (logits - top).clamp(max=LARGEST_EXPONENT).exp()
     return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def drops_any(decision: Tensor) -> Tensor:
+    """Return whether a decision (…, L) drops any patch, (…)."""
+    return (decision.detach() < 0.5).any(-1) if decision.is_floating_point() else ~decision.all(-1)
 
 
 def invert(decision: Tensor) -> Tensor:
@@ -162,13 +173,6 @@ class Branch:
     dropped: PatchSums  # the fused token
     kept: Tensor  # (B_v, T) in [0, 1]
     drops: Tensor  # (B_v, T) bool
-
-
-def with_weights(sums: PatchSums, weights: Tensor | int) -> PatchSums:
-    """Return the sums with more weights on the same patches, (B_v, T or 1, N, L)."""
-    if sums.mass is None:
-        return PatchSums(sums.weights + weights)
-    return PatchSums(sums.weights / sums.mass[..., None] + weights)
 
 
 class AggregationHead(nn.Module):
@@ -298,6 +302,7 @@ class LapsNetwork(nn.Module):
         self.sparse_ratio = sparse_ratio
         self.num_patches = num_patches
         self.kept = kept_count(num_patches, sparse_ratio)
+        self.selection = Selection()
         self.head = AggregationHead(width, aggregated_count(num_patches, sparse_ratio, aggr_ratio))
 
     def prepare(
@@ -331,7 +336,7 @@ class LapsNetwork(nn.Module):
     def select(self, images: SlimmedImages, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return `scores` and which patches stay, bool (B_v, T, L)."""
         scores = self.scores(images, embeddings)
-        return scores, top_k_mask(scores, self.kept)
+        return scores, self.selection(scores, self.kept)
 
     def tokens(self, images: SlimmedImages, embeddings: Tensor) -> PairTokens:
         """Return [aggregated; fused; v_cls] of every pair."""

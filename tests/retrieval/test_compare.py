@@ -398,7 +398,8 @@ def test_an_interrupt_lets_the_child_save_first(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_rows_end_to_end(scenes_path, tmp_path):
-    flags = "--scenes_size 32,16,16 --img_res 64 --batch_size 16 --workers 0 --tiny_width 16"
+    flags = "--scenes_size 32,16,16 --img_res 64 --tiny_patch_size 16 --batch_size 16"
+    flags += " --workers 0 --tiny_width 16"
     argv = ["--rows", "vse,seps", "--seeds", "0", "--epochs", "1", "--out", str(tmp_path / "out")]
     argv.append(f"--train={flags} --tiny_layers 1 --data_path {scenes_path}")
     assert compare.main(argv) == 0

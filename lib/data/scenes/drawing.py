@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from lib.data.scenes.clutter import CANVAS, SUBPIXEL_BITS, draw_clutter
+
 RGB = {
     "red": (222, 26, 32),
     "green": (24, 150, 48),
@@ -17,8 +19,7 @@ RGB = {
     "pink": (252, 142, 200),
     "cyan": (24, 206, 226),
 }
-DIAMETERS = {"small": (17, 20), "big": (29, 34)}  # pixels of a 96-pixel image, ends included
-CANVAS = 96  # the unit in which scenes are laid out, whatever size they are drawn at
+DIAMETERS = {"small": (12, 14), "big": (18, 21)}  # pixels of a 96-pixel image, ends included
 CELL = CANVAS // 3
 OUTLINE = 0.5  # half the width of the dark line around a thing, in pixels
 
@@ -48,11 +49,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn: the background and the things, the rearmost first."""
+    """A picture before it is drawn: the clutter under it and the things, the rearmost first."""
 
-    background: str
-    shade: int  # added to the background's grey
-    phase: int  # shift of the background's pattern, in pixels of a 96-pixel image
+    clutter: int  # the seed of what no caption names, see clutter.py
     things: tuple[Thing, ...]
 
 
@@ -98,7 +97,6 @@ def _spanning(curve: np.ndarray) -> np.ndarray:
 
 
 OUTLINES = _outlines()
-SUBPIXEL_BITS = 4  # OpenCV takes corners as integers; so many of their bits are the fraction
 
 
 def _curves(thing: Thing, image_size: int) -> list[np.ndarray]:
@@ -120,31 +118,13 @@ def _points(thing: Thing, image_size: int) -> list[np.ndarray]:
 
 def draw_scene(scene: Scene, image_size: int) -> np.ndarray:
     """Return the picture as (image_size, image_size, 3) uint8, RGB."""
-    grey = _background(scene, image_size)
-    image = np.repeat(grey[:, :, None], 3, axis=2)
+    image = draw_clutter(scene.clutter, image_size)
     for thing in scene.things:
         points, colour = _points(thing, image_size), RGB[thing.colour]
         darker = tuple(channel // 2 for channel in colour)  # parts things of one colour
         cv2.fillPoly(image, points, colour, cv2.LINE_AA, SUBPIXEL_BITS)
         cv2.polylines(image, points, True, darker, 1, cv2.LINE_AA, SUBPIXEL_BITS)
     return image
-
-
-def _background(scene: Scene, image_size: int) -> np.ndarray:
-    """Return the background's grey, (image_size, image_size) uint8."""
-    tone = 190 + scene.shade
-    if scene.background in ("plain", "dark"):
-        tone = tone if scene.background == "plain" else 45 + scene.shade
-        return np.full((image_size, image_size), tone, np.uint8)
-    line = np.arange(image_size) * CANVAS // image_size + scene.phase
-    x, y = line[None, :], line[:, None]
-    if scene.background == "striped":
-        marked = (x + y) % 12 < 6
-    elif scene.background == "checkered":
-        marked = (x // 8 + y // 8) % 2 == 0
-    else:
-        marked = (x % 8 - 3.5) ** 2 + (y % 8 - 3.5) ** 2 < 6
-    return np.where(marked, tone - 55, tone).astype(np.uint8)
 
 
 def visible_shares(scene: Scene) -> list[float]:
@@ -165,3 +145,12 @@ def thing_box(thing: Thing, image_size: int) -> tuple[int, int, int, int]:
     low = np.floor(points.min(0) - OUTLINE).astype(int).tolist()
     high = np.ceil(points.max(0) + OUTLINE).astype(int).tolist()
     return *low, *high
+
+
+def boxed_share(scene: Scene, image_size: int = CANVAS) -> float:
+    """Return the share of the picture that the things' boxes take up, 0 to 1."""
+    covered = np.zeros((image_size, image_size), bool)
+    for thing in scene.things:
+        x0, y0, x1, y1 = thing_box(thing, image_size)
+        covered[y0:y1, x0:x1] = True
+    return float(covered.mean())

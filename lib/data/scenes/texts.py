@@ -6,6 +6,7 @@ A caption and a dense text never use the same word for a fact: the tables below 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import TypeVar
 
@@ -49,19 +50,10 @@ PLACES = {  # the key is "row column", both from 0, top left first
     "2 1": (("bottom middle",), "south"),
     "2 2": (("bottom right",), "southeast"),
 }
-BACKGROUNDS = {
-    "plain": (("plain",), "smooth"),
-    "dark": (("dark",), "gloomy"),
-    "striped": (("striped",), "lined"),
-    "dotted": (("dotted",), "speckled"),
-    "checkered": (("checkered",), "tiled"),
-}
 DENSE_FORMS = {  # number of things -> the sentence for one of them; few things are told at length
-    3: ("There is {}", ", which sits toward the {} of the picture"),
     4: ("Notice {}", " toward the {} of the picture"),
     5: ("There is {}", " over in the {}"),
     6: ("{}", " in the {}"),
-    7: ("{}", " in the {}"),
 }
 DENSE_FILLERS = (
     "The overall picture is simple, clean and easy to understand.",
@@ -78,7 +70,15 @@ def pick(rng: np.random.Generator, options: Sequence[Item]) -> Item:
     return options[int(rng.integers(len(options)))]
 
 
-def write_captions(scene: Scene, change: Change, rng: np.random.Generator) -> list[str]:
+@dataclass(frozen=True)
+class Caption:
+    """What a caption says, and which of the scene's things it names."""
+
+    text: str
+    things: tuple[int, ...]
+
+
+def write_captions(scene: Scene, change: Change, rng: np.random.Generator) -> list[Caption]:
     """Return five captions of three things each; three of them are false of the sibling.
 
     Together they mention every thing of the scene.
@@ -94,8 +94,6 @@ def write_captions(scene: Scene, change: Change, rng: np.random.Generator) -> li
 
 def _telling_plans(change: Change, turn: Iterator[int]) -> list[tuple[str, int, int]]:
     """Return (kind of caption, first thing, second thing) of three that state what changed."""
-    if change.kind == "background":
-        return [("background", next(turn), next(turn)) for _ in range(3)]
     thing = change.things[0]
     if change.kind == "relation":
         second = change.things[1]
@@ -104,28 +102,29 @@ def _telling_plans(change: Change, turn: Iterator[int]) -> list[tuple[str, int, 
     if change.kind == "place":
         kinds = ["place", "place", "place"]
     else:
-        kinds = ["place", "relation", "background"]
+        kinds = ["place", "relation", "relation"]
     return [(kind, thing, next(turn)) for kind in kinds]
 
 
 def _caption(
     scene: Scene, kind: str, first: int, second: int, change: Change, rng: np.random.Generator
-) -> str:
-    one, two, three = (scene.things[i] for i in (first, second, _third(scene, first, second, rng)))
+) -> Caption:
+    named = (first, second, _third(scene, first, second, rng))
+    one, two, three = (scene.things[i] for i in named)
     sized = change.kind == "size" and first in change.things
     name_one = _caption_name(one, sized or rng.random() < 0.5, rng)
     name_two = _caption_name(two, rng.random() < 0.5, rng)
     name_three = _caption_name(three, False, rng)
     if kind == "relation":
-        return f"{name_one} {pick(rng, relations(one, two))} {name_two} and {name_three}"
-    if kind == "background":
-        word = pick(rng, BACKGROUNDS[scene.background][0])
-        return f"{name_one} , {name_two} and {name_three} on a {word} background"
-    return f"{name_one} in the {pick(rng, PLACES[one.place][0])} , {name_two} and {name_three}"
+        text = f"{name_one} {pick(rng, relations(one, two))} {name_two} and {name_three}"
+    else:
+        place = pick(rng, PLACES[one.place][0])
+        text = f"{name_one} in the {place} , {name_two} and {name_three}"
+    return Caption(text, named)
 
 
 def _third(scene: Scene, first: int, second: int, rng: np.random.Generator) -> int:
-    """Return a thing beside the two that a caption is about; a scene has at least three."""
+    """Return a thing beside the two that a caption is about; a scene has at least four."""
     return pick(rng, [i for i in range(len(scene.things)) if i not in (first, second)])
 
 
@@ -166,10 +165,6 @@ def write_dense_text(scene: Scene, rng: np.random.Generator) -> str:
         where = _reported(PLACES, thing.place, rng)
         name = _with_article([word for word in (size, colour, shape) if word])
         sentences.append(lead.format(name) + (tail.format(where) if where else "") + ".")
-    backdrop = _reported(BACKGROUNDS, scene.background, rng)
-    if backdrop:
-        sentence = f"Everything is set against {_with_article([backdrop])} backdrop."
-        sentences.insert(pick(rng, (0, len(sentences))), sentence)
     for filler in rng.permutation(DENSE_FILLERS).tolist():
         if sum(len(sentence.split()) for sentence in sentences) < DENSE_MIN_WORDS:
             sentences.append(filler)
