@@ -295,7 +295,7 @@ class SEPS(Method):
             maps["kept_dense"] = images.image_dense.kept.expand(shape)
         fused = self._fused_matches(images, texts) if self.is_fused else None
         if fused is not None:
-            maps["kept_sparse"] = images.base.new_full(shape, self.kept_share)
+            maps["kept_sparse"] = images.base.new_full(shape, self.kept / images.patches.shape[1])
             return *fused, maps
         sparse = self._branch(images, images.aggregation, texts.embedding)
         maps["kept_sparse"] = sparse.kept
@@ -354,11 +354,6 @@ class SEPS(Method):
             kept=decision.to(significance.dtype).mean(-1),
             drops=drops_any(decision),
         )
-
-    @property
-    def kept_share(self) -> float:
-        """Return the share of patches that top-k keeps, in (0, 1]."""
-        return self.kept / self.image_encoder.num_patches
 
     def _decide(self, significance: Tensor) -> Tensor:
         """Return which patches stay: bool (…, L), or straight-through float in Gumbel training."""

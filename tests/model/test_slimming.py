@@ -185,9 +185,9 @@ def test_half_precision_inputs_keep_the_patches_of_their_values(method):
     images, texts = case.image_tokens(), case.text_tokens()
     half, wide = ([side._map(change) for side in (images, texts)] for change in (_half, _wide))
     with torch.no_grad():
-        wanted = model.kept_patches(*wide)
+        wanted = model.patch_choice(*wide).kept["sparse"]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = model.kept_patches(*half)
+            found = model.patch_choice(*half).kept["sparse"]
     changed = (found != wanted).any(-1).float().mean()
     assert float(changed) <= 0.02  # ties of rounding
 
