@@ -15,6 +15,7 @@ from lib.flags import IntegerList, Parser, check_kinds, given_flags
 from lib.methods import registry
 from lib.model.selection import CONTROLS
 from lib.ranges import check_ranges
+from lib.retrieval.flags import add_result_flags, add_way_flags, check_evaluation
 
 # What a data set changes in the defaults, for any other nothing; a flag given always wins.
 DATASET_DEFAULTS = {
@@ -232,6 +233,7 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--save_results", type=int, default=1, help="1: write results.json beside the checkpoint"
     )
+    add_result_flags(group)
 
 
 def _add_final_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -305,6 +307,7 @@ def eval_parser() -> Parser:
     group.add_argument(
         "--save_similarity", default=None, metavar="FILE", help="also write the matrix (.npy)"
     )
+    add_way_flags(group)
     _add_distributed(parser)
     return parser
 
@@ -355,9 +358,10 @@ def given_folder(argv: Sequence[str] | None = None) -> str | None:
 
 
 def parse_eval(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return eval.py's arguments."""
+    """Return eval.py's arguments. Raises InputError for flags that contradict each other."""
     args = eval_parser().parse_args(argv)
     fill_paths(args)
+    check_evaluation(args)
     return args
 
 

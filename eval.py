@@ -25,7 +25,7 @@ from lib.checkpoints.checkpoint import BEST
 from lib.errors import InputError, NonFiniteError
 from lib.program import program, run_program
 from lib.rendezvous import peers_told
-from scoring import evaluate_checkpoint
+from scoring import evaluate_checkpoint, evaluate_ensemble, member_checkpoint
 
 
 @program
@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_eval(argv)
     with peers_told():
         device = distributed.start_processes(**process_settings(args))
-        code = evaluate_all(find_checkpoints(args), args, device)
+        if args.ensemble:
+            members = [member_checkpoint(path) for path in args.ensemble]
+            evaluate_ensemble(members, args, device)
+            code = 0
+        else:
+            code = evaluate_all(find_checkpoints(args), args, device)
     distributed.stop()
     return code
 
@@ -63,7 +68,7 @@ def evaluate_all(
 def find_checkpoints(args: argparse.Namespace) -> list[Path]:
     """Return --checkpoint, or the best one of every run folder of the data set.
 
-    Raises InputError where there is none, or --save_similarity names one file for several.
+    Raises InputError where there is none, or a flag names one place for the output of several.
     """
     if args.checkpoint:
         return [Path(args.checkpoint)]
@@ -74,11 +79,12 @@ def find_checkpoints(args: argparse.Namespace) -> list[Path]:
         raise InputError(
             f"no {args.runs}/{dataset}_*/{BEST}: train a model first, or name a --checkpoint"
         )
-    if args.save_similarity and len(found) > 1:
-        raise InputError(
-            f"--save_similarity {args.save_similarity}: one file for {len(found)} runs; name one "
-            "with --checkpoint"
-        )
+    for flag in ("save_similarity", "analyse"):
+        if getattr(args, flag) and len(found) > 1:
+            raise InputError(
+                f"--{flag} {getattr(args, flag)}: one place for {len(found)} runs; name one with "
+                "--checkpoint"
+            )
     return found
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from arguments import final_evaluation, process_settings
+from arguments import final_evaluation, parse_eval, process_settings
 from data import (
     open_features,
     open_image_cache,
@@ -24,6 +24,7 @@ from lib import distributed
 from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
+from lib.data.fingerprint import split_fingerprint
 from lib.data.splits import Split
 from lib.errors import InputError
 from lib.files import check_destination
@@ -31,16 +32,36 @@ from lib.methods.base import Method
 from lib.methods.registry import get_method
 from lib.model.precision import autocast_for
 from lib.model.selection import control_selection
-from lib.retrieval.evaluation import SplitLoaders, split_similarity, split_tables
+from lib.retrieval import outcome
+from lib.retrieval.analysis import analyse
+from lib.retrieval.coco_labels import check_order, load_labels
+from lib.retrieval.ensemble import added, ensemble_facts, ensemble_folder, uneven_spreads
+from lib.retrieval.evaluation import SplitLoaders, SplitScores, score_split
+from lib.retrieval.gallery import Gallery
 from lib.retrieval.kept_area import named_area_kept
-from lib.retrieval.result_files import file_digest, save_matrix, write_results
-from lib.retrieval.tables import format_table
+from lib.retrieval.protocol import protocol_of
+from lib.retrieval.rerank import rerank_split
+from lib.retrieval.result_files import RESULTS, code_facts, file_digest, save_matrix
+from lib.retrieval.shards import RowStore
 from vocab import checkpoint_tokenizer
 
 # where the data lies and how it is read: always this call's, not the checkpoint's
 DATA_FLAGS = """data_path image_path f30k_img_path coco_img_path batch_size workers amp
 feature_cache""".split()
-RESULTS = "results.json"  # beside the checkpoint
+UNFINISHED = ".unfinished_scores"  # folder beside the checkpoint: rows of a killed evaluation
+
+
+@dataclass(frozen=True)
+class Member:
+    """A checkpoint made ready to score a split."""
+
+    checkpoint: Path
+    model: Method
+    loaders: SplitLoaders
+    gallery: Gallery
+    facts: dict[str, Any]
+    settings: argparse.Namespace
+    split: Split
 
 
 def evaluate_checkpoint(
@@ -53,6 +74,77 @@ def evaluate_checkpoint(
     """
     checkpoint = checkpoint_file(checkpoint)
     _check_destinations(checkpoint, args)
+    member = open_member(checkpoint, args, device)
+    started, autocast = time.perf_counter(), autocast_for(args.amp, device)
+    if args.rerank:
+        found = rerank_split(member.model, member.loaders, device, autocast, args.rerank)
+        matrix, carried = None, found.carried
+        measured = outcome.rerank_outcome(member.gallery, found, args.rerank, args.recall_at)
+    else:
+        scores = _scores(member, args, device)
+        matrix, carried = scores.matrix, scores.carried
+        measured = _measured(member.gallery, matrix, args)
+    facts = {
+        **member.facts,
+        "protocol": protocol_of(*carried, member.gallery.repeated_share()),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if distributed.is_main():
+        facts |= _kept_area(member, device, autocast)
+    measured = measured.with_facts(facts)
+    if distributed.is_main():
+        _publish(str(checkpoint), checkpoint.parent, measured, args)
+        _publish_matrix(member.gallery, matrix, measured, args)
+        RowStore.discard_all(checkpoint.with_name(UNFINISHED))
+    return measured.tables
+
+
+def evaluate_ensemble(
+    checkpoints: Sequence[Path], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Add the similarities of several checkpoints; print and write what their sum gives.
+
+    The results go into a folder of their own. Raises InputError as `evaluate_checkpoint` does.
+    """
+    for checkpoint in checkpoints:
+        _check_destinations(checkpoint, args)
+    started = time.perf_counter()
+    matrices, members = [], []
+    for checkpoint in checkpoints:
+        member = open_member(checkpoint, args, device)
+        scores = _scores(member, args, device)
+        matrices.append(scores.matrix)
+        protocol = protocol_of(*scores.carried, member.gallery.repeated_share())
+        members.append({**member.facts, "protocol": protocol})
+    matrix = added(matrices)
+    measured = _measured(member.gallery, matrix, args, label="_ensemble")
+    facts = {**_shared_facts(member, args), **ensemble_facts(members)}
+    measured = measured.with_facts({**facts, "seconds": round(time.perf_counter() - started, 2)})
+    uneven = uneven_spreads([str(one.parent) for one in checkpoints], matrices)
+    if uneven:
+        measured.notes.append(uneven)
+    if distributed.is_main():
+        folder = ensemble_folder(args.runs, checkpoints)
+        _publish(f"ensemble {folder.name}", folder, measured, args)
+        _publish_matrix(member.gallery, matrix, measured, args)
+        for checkpoint in checkpoints:
+            RowStore.discard_all(checkpoint.with_name(UNFINISHED))
+    return measured.tables
+
+
+def member_checkpoint(path: str) -> Path:
+    """Return the checkpoint of a member of an ensemble: a file, or the best one of a folder."""
+    found = checkpoint_file(path)
+    if not found.exists():
+        raise InputError(f"--ensemble {path}: neither a checkpoint nor a folder that holds one")
+    return found
+
+
+def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device) -> Member:
+    """Return the checkpoint's model, this rank's loaders of the split and the facts of both.
+
+    Raises InputError for a checkpoint or data that can't be used.
+    """
     cache = open_image_cache(args)
     payload = read_payload(checkpoint)
     paths = args.vit_path, args.bert_path
@@ -64,27 +156,64 @@ def evaluate_checkpoint(
     prepare_scenes(settings)
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
+    gallery = Gallery(
+        split.dataset, split.name, split.captions, split.image_ids, split.caption_image, split.dense
+    )
+    if args.evaluate_cxc or args.evaluate_eccv:  # before the work
+        check_order(load_labels(), gallery.image_ids, gallery.caption_images)
     pin = device.type == "cuda"
     features = open_features(settings, model.image_encoder, [(split, False)], device)
     loaders = validation_loaders(
         settings, split, tokenizer, model.dense_owner, pin, cache, features
     )
-    started = time.perf_counter()
+    facts = result_facts(checkpoint, model, trained, args)
+    facts |= {"data": split_fingerprint(split), "trained_on": _trained_on(payload, trained)}
+    facts |= {"images": len(split.image_ids), "captions": len(split.captions)}
+    return Member(checkpoint, model, loaders, gallery, facts, settings, split)
+
+
+def _scores(member: Member, args: argparse.Namespace, device: torch.device) -> SplitScores:
+    """Return the scores of all pairs, from the rows of a killed evaluation on where there are."""
+    made_from = {
+        "checkpoint": member.facts["checkpoint_sha256"],
+        "data": member.facts["data"],
+        "commit": member.facts["commit"],
+        "amp": args.amp,
+        "selection_control": args.selection_control,
+        "feature_cache": bool(args.feature_cache),
+    }
+    columns = len(member.gallery.captions)
+    rows = RowStore(member.checkpoint.with_name(UNFINISHED), made_from, columns)
     autocast = autocast_for(args.amp, device)
-    matrix = split_similarity(model, loaders, device, autocast)
-    seconds = time.perf_counter() - started
-    tables = split_tables(split.dataset, split.name, split.caption_image, matrix)
-    facts = result_facts(checkpoint, model, trained, args, seconds)
-    facts["images"], facts["captions"] = matrix.shape
-    if distributed.is_main():
-        facts |= _kept_area(settings, model, split, loaders, device, autocast)
-    if args.selection_control:
-        facts["selection_control"] = args.selection_control
-        tables = {f"{name}_{args.selection_control}": table for name, table in tables.items()}
-    results = {name: {**table, **facts} for name, table in tables.items()}
-    if distributed.is_main():
-        report(checkpoint, results, args, matrix)
-    return results
+    return score_split(member.model, member.loaders, device, autocast, store=rows)
+
+
+def _measured(
+    gallery: Gallery, matrix: Any, args: argparse.Namespace, label: str = ""
+) -> outcome.Outcome:
+    label += f"_{args.selection_control}" if args.selection_control else ""
+    labels = {"cxc": bool(args.evaluate_cxc), "eccv": bool(args.evaluate_eccv), "label": label}
+    return outcome.matrix_outcome(gallery, matrix, args.recall_at, **labels)
+
+
+def _publish(title: str, folder: Path, measured: outcome.Outcome, args: argparse.Namespace) -> None:
+    outcome.show(title, measured)
+    if args.save_results:
+        print(f"written to {outcome.store(folder, measured)}")
+
+
+def _publish_matrix(
+    gallery: Gallery, matrix: Any, measured: outcome.Outcome, args: argparse.Namespace
+) -> None:
+    """Write the similarity matrix and the failure analysis, where asked and where there is one."""
+    if args.save_similarity and matrix is not None:
+        save_matrix(args.save_similarity, matrix)
+        print(f"written to {args.save_similarity}")
+    if args.analyse and matrix is not None:
+        whole = list(measured.ranks.values())[-1]
+        for line in analyse(args.analyse, gallery, matrix, whole):
+            outcome.say(line)
+        print(f"written to {args.analyse}")
 
 
 def evaluate_best(args: argparse.Namespace) -> None:
@@ -102,19 +231,13 @@ def _control(model: Method, control: str | None, trained: argparse.Namespace) ->
         )
 
 
-def _kept_area(
-    settings: argparse.Namespace,
-    model: Method,
-    split: Split,
-    loaders: SplitLoaders,
-    device: torch.device,
-    autocast: Callable,
-) -> dict[str, Any]:
+def _kept_area(member: Member, device: torch.device, autocast: Callable) -> dict[str, Any]:
     """Return how much of the things that captions name is kept, where the data set knows them."""
+    model, settings = member.model, member.settings
     if not model.uses_pixels or settings.dataset != "scenes" or settings.precomp:
         return {}
-    coverage = scenes_coverage(settings, split, model.image_encoder.grid)
-    found = named_area_kept(model, loaders, coverage, device, autocast)
+    coverage = scenes_coverage(settings, member.split, model.image_encoder.grid)
+    found = named_area_kept(model, member.loaders, coverage, device, autocast)
     return {} if found is None else {"named_area": found}
 
 
@@ -125,6 +248,8 @@ def _check_destinations(checkpoint: Path, args: argparse.Namespace) -> None:
         check_destination(checkpoint.with_name(RESULTS), "--save_results")
     if args.save_similarity:
         check_destination(args.save_similarity, "--save_similarity")
+    if args.analyse:
+        check_destination(Path(args.analyse) / "ranks.csv", "--analyse", make_folder=True)
 
 
 def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
@@ -138,49 +263,39 @@ def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
 
 
 def result_facts(
-    checkpoint: Path,
-    model: Method,
-    trained: argparse.Namespace,
-    args: argparse.Namespace,
-    seconds: float,
+    checkpoint: Path, model: Method, trained: argparse.Namespace, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what says how the numbers came about."""
+    """Return what says how the numbers come about, but for the data, protocol and time."""
     return {
         "method": model.name,
-        "protocol": model.protocol,
         "trained_on_dense": get_method(model.name).trains_on_dense(trained),
         "dense_side": {"image": "image", "caption": "caption", None: "none"}[model.dense_owner],
         "split": args.split,
         "val_split": getattr(trained, "val_split", "test"),
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_digest(checkpoint),
-        "seconds": round(seconds, 2),
+        **({"selection_control": args.selection_control} if args.selection_control else {}),
+        "flags": _changed_flags(args),
+        **code_facts(),
     }
 
 
-def report(
-    checkpoint: Path, results: dict[str, Any], args: argparse.Namespace, matrix: np.ndarray
-) -> None:
-    """Print the table; write results.json, and the similarity matrix where asked."""
-    facts = next(iter(results.values()))
-    print(f"{checkpoint}: {facts['method']}, protocol {facts['protocol']}", end="")
-    if facts["trained_on_dense"] and facts["protocol"] == "none":
-        print(" (dense texts in training alone)", end="")
-    print(f", checkpoint chosen on {facts['val_split']}, {facts['seconds']:.1f} s")
-    print(format_table(results))
-    for name, table in results.items():
-        if table["ties"]:
-            print(f"{name}: {table['ties']} tied queries, counted against the model")
-    if "named_area" in facts:
-        area = facts["named_area"]
-        print(
-            f"named area kept: {area['kept']:.3f} (patches at random {area['random']:.3f}, "
-            f"the best choice of as many {area['boxes']:.3f})"
-        )
-    if args.save_results:
-        path = checkpoint.with_name(RESULTS)
-        write_results(path, results)
-        print(f"written to {path}")
-    if args.save_similarity:
-        save_matrix(args.save_similarity, matrix)
-        print(f"written to {args.save_similarity}")
+def _changed_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of eval.py's flags that are not at their default, as plain values."""
+    defaults = vars(parse_eval([]))
+    return {
+        flag: value
+        for flag, value in vars(args).items()
+        if flag in defaults and value != defaults[flag]
+    }
+
+
+def _shared_facts(member: Member, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the facts of an ensemble that are not one member's."""
+    shared = ("split", "data", "images", "captions", "flags", "commit", "versions", "date")
+    return {name: member.facts[name] for name in shared}
+
+
+def _trained_on(payload: dict[str, Any], trained: argparse.Namespace) -> dict[str, Any]:
+    """Return the data set a checkpoint was trained on, with its fingerprint where it was kept."""
+    return {"dataset": getattr(trained, "dataset", None), "data": payload.get("data")}

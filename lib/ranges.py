@@ -49,13 +49,13 @@ RANGES = _table(
         Range(1, MOST),
         "batch_size num_epochs grad_accum val_step save_step embed_size img_res shard_size"
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
-        " topk nhead captions epochs repeats patches encoded loop_captions"
+        " recall_at topk nhead captions epochs repeats patches encoded loop_captions"
         " word_dim sim_dim num_regions sgr_step top limit max_new_tokens image_size concurrency"
         " num_tokens decoder_depth",
     ),
     zeros=(
         Range(0, MOST),
-        "workers gpu_id feature_views log_step skip_nonfinite max_bad_images lr_warmup_steps"
+        "rerank workers gpu_id feature_views log_step skip_nonfinite max_bad_images lr_warmup_steps"
         " max_dense_word"
         " vse_mean_warmup_epochs warmup rank local_rank retries check random",
     ),
@@ -81,8 +81,8 @@ RANGES = _table(
     switches=(
         Range(0, 1, hint="0 or 1"),
         "size_augment image_augment overwrite multi_gpu compile precomp gradient_checkpointing"
-        " detach_patches save_results evaluate_cxc eval use_cls_as_glob_embd use_token_selection"
-        " use_learnable_temp memory check_counts",
+        " detach_patches save_results evaluate_cxc evaluate_eccv eval use_cls_as_glob_embd"
+        " use_token_selection use_learnable_temp memory check_counts",
     ),
     seeds=(Range(0, 2**63 - 1), "seed seeds"),
     percents=(Range(0, 100, low_open=True, high_open=True), "level"),

@@ -16,6 +16,7 @@ from lib.methods import pairs
 from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss
+from lib.model.slimming import masked_mean
 
 
 class Method(nn.Module):
@@ -154,6 +155,10 @@ class Method(nn.Module):
         """Go on as under --dense_side none; InputError where the similarity needs dense texts."""
         if self.dense_owner is not None:
             raise InputError(f"a model of {self.name} can't do without them")
+
+    def global_embeddings(self, tokens: Tokens) -> Tensor:
+        """Return one embedding an image or caption, the mean of its real tokens, (B, C)."""
+        return masked_mean(tokens.local, tokens.mask)
 
     def prepare_images(self, images: Tokens) -> Rows:
         """Return what `score` needs of images, each tensor with a row an image."""

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib.batch import Batch
-from lib.distributed import gather_values, is_main
+from lib.distributed import gather_values
 from lib.errors import NonFiniteError
 from lib.methods.base import Method
 from lib.retrieval.bootstrap import rank_intervals
 from lib.retrieval.metrics import RECALL_AT, QueryRanks, query_ranks
+from lib.retrieval.progress import progress_bar
 from lib.retrieval.protocol import protocol_of
 from lib.retrieval.shards import RowStore
 from lib.retrieval.similarity import encode_batches, encoded, gather_texts, similarity_matrix
@@ -37,18 +37,31 @@ class SplitLoaders:
     name: str = "split"
 
 
+class Carried:
+    """Watches batches on their way to the encoders: did any carry a dense text?"""
+
+    def __init__(self) -> None:
+        self.images = self.captions = False
+
+    def watch(self, side: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches of a side, "images" or "captions", and note what they carry."""
+        for batch in batches:
+            if batch.dense_ids is not None:
+                setattr(self, side, True)
+            yield batch
+
+    def anywhere(self) -> tuple[bool, bool]:
+        """Return (images, captions) over all processes."""
+        everywhere = gather_values((self.images, self.captions))
+        return any(one[0] for one in everywhere), any(one[1] for one in everywhere)
+
+
 @dataclass(frozen=True)
 class SplitScores:
     """The similarity of a whole split, and what its batches carried."""
 
     matrix: np.ndarray  # (N_images, N_captions) float32
-    images_carried: bool  # a dense text beside the image
-    captions_carried: bool  # a dense text, that of its own answer, beside the caption
-
-    @property
-    def protocol(self) -> str:
-        """Return the protocol by what was carried; texts that repeat captions are not looked at."""
-        return protocol_of(self.images_carried, self.captions_carried)
+    carried: tuple[bool, bool]  # a dense text beside images; beside captions, of their answer
 
 
 def split_similarity(
@@ -77,47 +90,27 @@ def score_split(
     """
     training = model.training
     model.eval()
+    carried = Carried()
     done = store.finished() if store is not None else []
     finished = sum(map(len, done))
-    carried = {"images": False, "captions": False}
-
-    def watched(side: str, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            carried[side] |= batch.dense_ids is not None
-            yield batch
-
-    def bar(what: str, total: int, start: int = 0) -> tqdm:
-        hidden = not (show_progress and is_main())
-        return tqdm(
-            total=total,
-            initial=start,
-            desc=what,
-            disable=hidden,
-            leave=False,
-            ncols=80,
-            mininterval=0.5,
-            unit_scale=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left",
-        )
-
     captions = len(loaders.caption_images)
-    with bar("captions", captions) as shown:
+    with progress_bar("captions", captions, shown=show_progress) as bar:
         texts = encode_batches(
             model.encode_text_batch,
-            watched("captions", loaders.captions),
+            carried.watch("captions", loaders.captions),
             device,
             autocast,
-            shown.update,
+            bar.update,
         )
     texts = gather_texts(texts)
     batches = loaders.images.after(finished) if finished else loaders.images
-    images = encoded(model.encode_image_batch, watched("images", batches), device, autocast)
-    with bar("pairs", loaders.num_images * captions, finished * captions) as shown:
+    images = encoded(model.encode_image_batch, carried.watch("images", batches), device, autocast)
+    pairs = loaders.num_images * captions
+    with progress_bar("pairs", pairs, finished * captions, show_progress) as bar:
         keep = None if store is None else store.add
-        matrix = similarity_matrix(model, images, texts, autocast, shown.update, done, keep)
+        matrix = similarity_matrix(model, images, texts, autocast, bar.update, done, keep)
     model.train(training)
-    everywhere = gather_values(carried)
-    return SplitScores(matrix, *(any(one[side] for one in everywhere) for side in carried))
+    return SplitScores(matrix, carried.anywhere())
 
 
 def split_results(
@@ -150,14 +143,6 @@ def ranks_table(
     if intervals:
         table["intervals"] = rank_intervals(found, recall_at)
     return table
-
-
-def split_tables(
-    dataset: str, split: str, caption_images: np.ndarray, matrix: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    """Return `ranks_table` of a split by the names of `result_names`."""
-    found = split_ranks(dataset, split, caption_images, matrix)
-    return {name: ranks_table(one) for name, one in found.items()}
 
 
 def split_ranks(
@@ -201,4 +186,8 @@ def evaluate_split(
     started = time.perf_counter()
     scores = score_split(model, loaders, device, autocast, show_progress)
     results = split_results(scores.matrix, loaders.caption_images, intervals=False)
-    return {**results, "protocol": scores.protocol, "seconds": time.perf_counter() - started}
+    return {
+        **results,
+        "protocol": protocol_of(*scores.carried),
+        "seconds": time.perf_counter() - started,
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lib.distributed import rank, world_size
+from lib.retrieval.result_files import save_matrix
 
 
 class RowStore:
@@ -48,25 +48,21 @@ class RowStore:
         """Keep the rows from `start` (counted from this rank's first) on."""
         if self.broken:
             return
-        path = self._path(start)
-        temporary = path.with_name(f".{path.name}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                np.save(file, block)
-            os.replace(temporary, path)
+            save_matrix(self._path(start), block)
         except OSError as error:
             self.broken = True
-            temporary.unlink(missing_ok=True)
             print(
                 f"{self.folder}: finished rows can't be kept ({error.strerror or error}); the "
                 "evaluation goes on, and would start anew if it were stopped",
                 file=sys.stderr,
             )
 
-    def discard(self) -> None:
+    @staticmethod
+    def discard_all(folder: str | Path) -> None:
         """Remove the rows of this and of earlier evaluations; one process calls it, at the end."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"rank{rank()}_{start:07d}.npy"

@@ -151,10 +151,10 @@ def sentence(one: Compared) -> str:
     drawn = "images and seeds" if max(one.seeds) > 1 else "images"
     alone = [side for side, seeds in zip("AB", one.seeds, strict=True) if seeds == 1]
     if alone:
+        verb = "are" if len(alone) > 1 else "is"
         return (
-            f"{told}\nDrawn over {drawn}; {' and '.join(alone)} "
-            f"{'are' if len(alone) > 1 else 'is'} of one seed, so that another seed may say "
-            "otherwise."
+            f"{told}\nDrawn over {drawn}; {' and '.join(alone)} {verb} of one seed: another seed "
+            "may say otherwise."
         )
     return f"{told}\nDrawn over {drawn}."
 

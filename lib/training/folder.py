@@ -20,7 +20,10 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-LEFTOVERS = (LAST, BEST, "results.json", "args.json", "train.log", "events.out*")
+LEFTOVERS = (
+    *(LAST, BEST, "results.json", "ranks_*.npz"),
+    *("args.json", "train.log", "events.out*"),
+)
 IN_USE = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 

@@ -341,3 +341,97 @@ def test_table_cuts_a_long_name():
     assert lines[3].startswith("a" * 31 + "  100.0")
     assert lines[4].startswith("b" * 30 + "…  100.0")
     assert [len(line) for line in lines[3:]] == [80, 80]
+
+
+# --- further K, properties, other implementations -----------------------------------------------
+
+
+def test_recalls_at_other_depths_leave_rsum_alone():
+    plain = recall_metrics(noisy_gallery(60))
+    further = recall_metrics(noisy_gallery(60), recall_at=(50, 3))
+    assert list(further["i2t"]) == ["r1", "r3", "r5", "r10", "r50", "medr", "meanr"]
+    assert further["i2t"]["r10"] <= further["i2t"]["r50"]
+    assert further["i2t"]["r1"] <= further["i2t"]["r3"] <= further["i2t"]["r5"]
+    assert further["rsum"] == plain["rsum"]
+
+
+@pytest.mark.parametrize("depths", [(0,), (-1, 5), (2.5,)])
+def test_a_depth_that_is_none_is_an_error(depths):
+    with pytest.raises(ValueError, match="whole numbers from 1"):
+        recall_metrics(noisy_gallery(5), recall_at=depths)
+
+
+@given(galleries())
+def test_monotone_rescaling_changes_no_rank(gallery):
+    similarity, owners = gallery
+    plain = ranks(similarity, owners)
+    scaled = ranks(np.exp(3.0 * similarity.astype(np.float64)) - 7.0, owners)
+    assert scaled[0].tolist() == plain[0].tolist()
+    assert scaled[1].tolist() == plain[1].tolist()
+    assert scaled[2] == plain[2]
+
+
+@given(galleries(), st.data(), st.integers(1, 5))
+def test_a_better_wrong_candidate_never_helps(gallery, data, more):
+    similarity, owners = gallery
+    image = data.draw(st.integers(0, len(similarity) - 1))
+    caption = data.draw(st.integers(0, len(owners) - 1))
+    if owners[caption] == image:
+        return
+    before = ranks(similarity, owners)
+    worse = similarity.astype(np.float64)
+    worse[image, caption] += more
+    after = ranks(worse, owners)
+    assert (after[0] >= before[0]).all()
+    assert (after[1] >= before[1]).all()
+
+
+def test_the_shared_recording_where_it_is_there():
+    path = Path(__file__).parents[3] / "shared" / "official" / "recall_metrics" / "expected.npz"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with np.load(path) as recorded, np.load(GOLDEN) as golden:
+        result = recall_metrics(recorded["similarity"])
+        for direction in ("i2t", "t2i"):
+            values = [result[direction][key] for key in ("r1", "r5", "r10", "medr", "meanr")]
+            np.testing.assert_allclose(values, recorded[direction], rtol=0, atol=1e-10)
+            np.testing.assert_array_equal(recorded[direction], golden[direction])
+
+
+@pytest.mark.parametrize("depth", [1, 5, 10, 50])
+def test_torchmetrics_finds_the_same_recalls(depth):
+    retrieval = pytest.importorskip("torchmetrics.functional.retrieval")
+    similarity = noisy_gallery(60, k=3)
+    owners = np.repeat(np.arange(60), 3)
+    ours = recall_metrics(similarity, 3, recall_at=(depth,))
+    scores = torch.from_numpy(similarity)
+    right = torch.from_numpy(owners[None] == np.arange(60)[:, None])
+    for direction, queries, answers in (("i2t", scores, right), ("t2i", scores.T, right.T)):
+        hits = [
+            retrieval.retrieval_hit_rate(query, answer, top_k=depth)
+            for query, answer in zip(queries, answers, strict=True)
+        ]
+        assert ours[direction][f"r{depth}"] == pytest.approx(100 * float(torch.stack(hits).mean()))
+
+
+# --- the printed table --------------------------------------------------------------------------
+
+
+def test_oracle_rows_stand_below_a_line_that_says_why():
+    rows = {
+        "told": {**recall_metrics(np.eye(11), 1), "protocol": "oracle"},
+        "honest": {**recall_metrics(np.eye(11), 1), "protocol": "image"},
+    }
+    lines = format_table(rows).splitlines()
+    assert [line.split()[0] for line in lines[3:]] == ["honest", "oracle:", "told"]
+    assert "made from their own answers" in lines[4]
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("depths", [(1, 5, 10, 50), (1, 2, 3, 5, 10, 50), range(1, 20)])
+def test_a_table_of_many_recalls_fits_the_terminal(depths):
+    result = recall_metrics(noisy_gallery(60), recall_at=tuple(depths))
+    text = format_table({"coco_5k": result, "a_rather_long_name": result}, tuple(depths))
+    assert max(map(len, text.splitlines())) <= 80
+    for k in depths:
+        assert f"R@{k} " in text.replace("\n", " ")

@@ -1,0 +1,62 @@
+"""Ensembles: the similarity matrices of several models added, and labelled as such."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.retrieval.protocol import strictest
+
+UNEVEN = 3.0  # times wider: one member decides nearly alone
+
+
+def added(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sum of the members' similarities, (N_images, N_captions): the field's habit.
+
+    Raises InputError where they are not of the same images and captions.
+    """
+    shapes = {matrix.shape for matrix in matrices}
+    if len(shapes) > 1:
+        raise InputError(
+            f"--ensemble: the members scored {' and '.join(map(str, sorted(shapes)))} images and "
+            "captions; they must share one data set"
+        )
+    total = matrices[0].astype(np.float64)
+    for matrix in matrices[1:]:
+        total += matrix
+    return total
+
+
+def ensemble_facts(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a result of several models says in the place of one model's facts.
+
+    The protocol is that of the member that was told most.
+    """
+    return {
+        "method": "ensemble of " + ", ".join(str(one["method"]) for one in members),
+        "protocol": strictest([one["protocol"] for one in members]),
+        "val_split": " and ".join(sorted({str(one["val_split"]) for one in members})),
+        "members": [dict(one) for one in members],
+    }
+
+
+def ensemble_folder(runs: str | Path, checkpoints: Sequence[Path]) -> Path:
+    """Return where the results of an ensemble go: beside no single model's."""
+    return Path(runs) / "ensembles" / "+".join(one.parent.name for one in checkpoints)
+
+
+def uneven_spreads(names: Sequence[str], matrices: Sequence[np.ndarray]) -> str | None:
+    """Return a sentence where one member's similarities spread much wider than another's."""
+    spreads = [float(matrix.std()) for matrix in matrices]
+    widest, narrowest = int(np.argmax(spreads)), int(np.argmin(spreads))
+    if spreads[widest] <= UNEVEN * spreads[narrowest]:
+        return None
+    times = spreads[widest] / max(spreads[narrowest], 1e-12)
+    return (
+        f"{names[widest]} spreads {times:.0f} times wider than {names[narrowest]}, and so decides "
+        "most of the sum"
+    )

@@ -1,0 +1,57 @@
+"""Flags of an evaluation: what is reported beside the field's recalls, and what is scored."""
+
+from __future__ import annotations
+
+import argparse
+
+from lib.errors import InputError
+from lib.flags import IntegerList
+
+
+def add_result_flags(group: argparse._ArgumentGroup) -> None:
+    """Add what train.py --eval 1 and eval.py report beside the field's recalls."""
+    group.add_argument(
+        "--evaluate_cxc", type=int, default=0, help="1: also against CxC's labels (coco)"
+    )
+    group.add_argument(
+        "--evaluate_eccv", type=int, default=0, help="1: also against ECCV Caption's labels (coco)"
+    )
+    group.add_argument(
+        "--recall_at",
+        action=IntegerList,
+        default=[1, 5, 10],
+        help="K of further recalls; rSum stays that of 1, 5 and 10",
+    )
+
+
+def add_way_flags(group: argparse._ArgumentGroup) -> None:
+    """Add eval.py's ways of scoring and of looking at the scores."""
+    group.add_argument(
+        "--ensemble",
+        nargs="+",
+        default=None,
+        metavar="RUN",
+        help="add the similarities of these run folders or checkpoints; results of their own",
+    )
+    group.add_argument(
+        "--rerank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score only each query's N best by global embeddings (0: all); approximate",
+    )
+    group.add_argument(
+        "--analyse", default=None, metavar="DIR", help="write where the model fails there (CSV)"
+    )
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Raise InputError where eval.py's flags contradict each other."""
+    if args.ensemble and len(args.ensemble) < 2:
+        raise InputError("--ensemble: give at least two runs")
+    if args.ensemble and (args.checkpoint or args.rerank):
+        other = "--checkpoint" if args.checkpoint else "--rerank"
+        raise InputError(f"--ensemble and {other} don't go together: leave one out")
+    for flag in ("analyse", "save_similarity", "evaluate_cxc", "evaluate_eccv"):
+        if args.rerank and getattr(args, flag):
+            raise InputError(f"--{flag} needs all similarities: leave out --rerank {args.rerank}")

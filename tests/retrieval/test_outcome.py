@@ -1,0 +1,248 @@
+"""Ensembles, re-ranking, failure analysis and the facts of a result, by hand and end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from lib.batch import Batch
+from lib.errors import InputError, NonFiniteError
+from lib.retrieval.analysis import analyse, duplicate_rows, hub_rows, wrong_pair_rows
+from lib.retrieval.ensemble import added, uneven_spreads
+from lib.retrieval.evaluation import SplitLoaders, score_split
+from lib.retrieval.gallery import Gallery
+from lib.retrieval.metrics import query_ranks
+from lib.retrieval.outcome import matrix_outcome
+from lib.retrieval.rerank import kept_share, rerank_split, shortlist_ranks, shortlists
+from lib.retrieval.result_files import read_ranks, stored_results
+from tests.helpers import pair_inputs, tiny_model
+
+CPU = torch.device("cpu")
+HAND = Gallery(
+    dataset="pets",
+    split="test",
+    captions=["a dog", "a big dog runs over the grass", "A  dog", "a cat on a table", "a fish"],
+    image_ids=["d1", "d2", "c"],
+    caption_images=np.array([0, 0, 1, 2, 2]),
+)
+SCORES = np.array(
+    [
+        [0.9, 0.5, 0.9, 0.1, 0.0],
+        [0.8, 0.6, 0.8, 0.3, 0.2],
+        [0.7, 0.1, 0.2, 0.4, 0.1],
+    ]
+)
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- by hand ------------------------------------------------------------------------------------
+
+
+def test_hubs_wrong_pairs_and_duplicates_by_hand():
+    hubs = {(row["direction"], row["item"]): row["at_rank_1"] for row in hub_rows(HAND, SCORES)}
+    assert hubs["t2i", "d1"] == 2  # of captions 0 and 2
+    assert hubs["t2i", "d2"] == 2  # of captions 1 and 4
+    assert hubs["t2i", "c"] == 1
+    assert hubs["i2t", "a dog"] == 3
+    first = wrong_pair_rows(HAND, SCORES)[0]
+    assert (first["image"], first["caption"], first["image_of_caption"]) == ("d1", "A  dog", "d2")
+    assert (first["score"], first["score_there"]) == (pytest.approx(0.9), pytest.approx(0.8))
+    assert len(wrong_pair_rows(HAND, SCORES)) == 10
+    assert duplicate_rows(HAND) == [{"caption": "a dog", "images": 2, "image_ids": "d1 d2"}]
+
+
+def test_the_analysis_by_hand(tmp_path):
+    ranks = query_ranks(SCORES, caption_images=HAND.caption_images)
+    lines = analyse(tmp_path / "new" / "folder", HAND, SCORES, ranks)
+    folder = tmp_path / "new" / "folder"
+    queries = rows_of(folder / "ranks.csv")
+    assert [int(row["rank"]) for row in queries] == [*ranks.i2t, *ranks.t2i]
+    assert [row["direction"] for row in queries] == ["i2t"] * 3 + ["t2i"] * 5
+    assert (queries[0]["right"], queries[0]["best_wrong"]) == ("a dog", "A  dog")
+    assert (queries[7]["right"], queries[7]["best_wrong"]) == ("c", "d2")
+    lengths = {row["words"]: row for row in rows_of(folder / "by_length.csv")}
+    assert {name: int(row["captions"]) for name, row in lengths.items()} == {"1-7": 5}
+    counts = {row["captions_per_image"]: row for row in rows_of(folder / "by_captions.csv")}
+    assert counts["1"]["images"] == "1"
+    assert counts["2"]["images"] == "2"
+    assert float(counts["1"]["t2i_r1"]) == 0.0  # caption 2 prefers image d1
+    page = (folder / "README.md").read_text()
+    assert all(line in page for line in lines)
+    assert any("share word for word: 1" in line for line in lines)
+
+
+def test_matrices_are_added():
+    one, two = np.ones((2, 4), np.float32), np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(added([one, two]), one + two)
+    with pytest.raises(InputError, match=r"\(2, 4\) and \(4, 2\)"):
+        added([one, two.T])
+    assert uneven_spreads(["a", "b"], [two, 2 * two]) is None
+    assert "b spreads 50 times wider than a" in uneven_spreads(["a", "b"], [two, 50 * two])
+
+
+def test_shortlists_and_what_they_kept_by_hand():
+    cosines = np.array([[0.9, 0.1, 0.8, 0.2], [0.0, 0.5, 0.7, 0.3]])
+    lists = shortlists(cosines, 2)
+    assert lists["i2t"].tolist() == [[True, False, True, False], [False, True, True, False]]
+    assert shortlists(cosines, 1)["t2i"].tolist() == [
+        [True, False, True, False],
+        [False, True, False, True],
+    ]
+    exact = np.array([[1.0, 9.0, 2.0, 0.0], [0.0, 3.0, 2.0, 1.0]])
+    assert kept_share(exact, lists["i2t"])[1] == 50.0  # row 0's best is not on its list
+
+
+def test_a_right_candidate_off_the_list_ranks_behind_it():
+    exact = np.array([[5.0, 4.0, 3.0], [1.0, 2.0, 3.0], [0.0, 0.0, 9.0]])
+    cosines = np.array([[0.1, 0.9, 0.8], [0.2, 0.9, 0.1], [0.0, 0.1, 0.9]])
+    found = shortlist_ranks(exact, cosines, shortlists(cosines, 2), np.arange(3))
+    assert found.i2t.tolist() == [3, 1, 1]  # caption 0 is not among the two by cosine
+    assert query_ranks(exact, 1).i2t.tolist() == [1, 2, 1]
+
+
+def test_a_matrix_that_is_not_finite_is_an_error():
+    broken = SCORES.copy()
+    broken[0, 0] = np.nan
+    with pytest.raises(NonFiniteError, match="1 of 15"):
+        matrix_outcome(HAND, broken)
+
+
+# --- with models --------------------------------------------------------------------------------
+
+
+def loaders_of(method, pairs=6):
+    inputs = pair_inputs(pairs, method=method)
+    dense = {k: v for k, v in inputs.items() if k.startswith("dense")}
+    model = tiny_model(method)
+    images = Batch(pixels=inputs["pixels"], **(dense if model.dense_owner == "image" else {}))
+    captions = Batch(ids=inputs["ids"], lengths=inputs["lengths"])
+    return model, SplitLoaders([images], [captions], np.arange(pairs), pairs)
+
+
+@pytest.mark.parametrize("method", ["laps", "seps", "vse", "dense_text"])
+def test_a_list_of_everything_gives_the_exact_ranks(method):
+    model, loaders = loaders_of(method)
+    exact = score_split(model, loaders, CPU, torch.no_grad, False).matrix
+    found = rerank_split(model, loaders, CPU, torch.no_grad, 100, False)
+    ranks = query_ranks(exact, 1)
+    np.testing.assert_array_equal(found.ranks.i2t, ranks.i2t)
+    np.testing.assert_array_equal(found.ranks.t2i, ranks.t2i)
+    assert found.pairs == 36
+    assert all(share == 100.0 for way in found.kept.values() for share in way.values())
+
+
+def test_a_short_list_scores_fewer_pairs():
+    model, loaders = loaders_of("laps")
+    found = rerank_split(model, loaders, CPU, torch.no_grad, 2, False)
+    assert 12 <= found.pairs <= 24
+    assert found.kept["i2t"][1] < 100.0 or found.kept["t2i"][10] < 100.0
+
+
+def test_embeddings_without_a_common_space_are_refused():
+    model, loaders = loaders_of("avse")
+    with pytest.raises(InputError, match="avse has no global embedding that images and captions"):
+        rerank_split(model, loaders, CPU, torch.no_grad, 2, False)
+
+
+# --- end to end ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, scenes_path):
+    folder = tmp_path_factory.mktemp("runs") / "scenes_laps"
+    argv = ["--dataset", "scenes", "--data_path", str(scenes_path), "--num_epochs", "1"]
+    argv += ["--scenes_size", "32,16,16", "--img_res", "64", "--batch_size", "16", "--workers", "0"]
+    assert train.main([*argv, "--method", "laps", "--logger_name", str(folder)]) == 0
+    return folder
+
+
+def evaluate(run, scenes_path, *flags):
+    data = ["--data_path", str(scenes_path), "--workers", "0"]
+    return evaluation.main([*data, "--checkpoint", str(run / "model_best.pth"), *flags])
+
+
+def test_results_say_what_made_them(run, scenes_path):
+    assert evaluate(run, scenes_path, "--recall_at", "1,5,10,50", "--batch_size", "7") == 0
+    table = json.loads((run / "results.json").read_text())["scenes"]
+    assert table["i2t"]["r50"] >= table["i2t"]["r10"]
+    assert (table["data"]["images"], table["data"]["captions"]) == (16, 80)
+    assert len(table["data"]["captions_sha256"]) == 64
+    assert table["trained_on"]["dataset"] == "scenes"
+    assert table["flags"]["recall_at"] == [1, 5, 10, 50]
+    assert table["flags"]["batch_size"] == 7
+    assert "amp" not in table["flags"]  # at its default
+    assert {"torch", "numpy", "python"} <= set(table["versions"])
+    assert table["date"].startswith("20")
+    assert (table["val_split"], table["protocol"]) == ("dev", "none")
+    assert "commit" in table
+    ranks = read_ranks(run / table["ranks"])
+    assert ranks.metrics()["rsum"] == pytest.approx(table["rsum"])
+    assert list(stored_results(run)[0]) == ["scenes"]
+    assert not (run / ".unfinished_scores").exists()
+
+
+def test_reranked_results_have_an_entry_of_their_own(run, scenes_path, capsys):
+    assert evaluate(run, scenes_path) == 0
+    exact = json.loads((run / "results.json").read_text())["scenes"]
+    assert evaluate(run, scenes_path, "--rerank", "4") == 0
+    tables = json.loads((run / "results.json").read_text())
+    assert tables["scenes"] == exact
+    assert tables["scenes_rerank4"]["approximate"]["shortlist"] == 4
+    assert set(tables["scenes_rerank4"]["approximate"]["kept"]["i2t"]) == {"r1", "r5", "r10"}
+    printed = capsys.readouterr().out
+    assert "approximate: " in printed
+    assert "of the exact top 1/5/10 the T2I shortlist kept" in printed
+
+
+def test_an_ensemble_of_one_model_twice_ranks_as_that_model(run, scenes_path):
+    assert evaluate(run, scenes_path) == 0
+    single = json.loads((run / "results.json").read_text())
+    flags = ["--ensemble", str(run), str(run / "model_best.pth"), "--runs", str(run.parent)]
+    data = ["--data_path", str(scenes_path), "--workers", "0"]
+    assert evaluation.main([*data, *flags]) == 0
+    assert json.loads((run / "results.json").read_text()) == single  # never in a single row
+    home = run.parent / "ensembles" / f"{run.name}+{run.name}"
+    table = json.loads((home / "results.json").read_text())["scenes_ensemble"]
+    assert table["rsum"] == pytest.approx(single["scenes"]["rsum"])
+    assert table["method"] == "ensemble of laps, laps"
+    assert [one["checkpoint_sha256"] for one in table["members"]] == [
+        single["scenes"]["checkpoint_sha256"]
+    ] * 2
+
+
+def test_the_analysis_is_written(run, scenes_path, tmp_path, capsys):
+    assert evaluate(run, scenes_path, "--analyse", str(tmp_path / "where")) == 0
+    assert len(rows_of(tmp_path / "where" / "ranks.csv")) == 16 + 80
+    assert "Images never at rank 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ensemble", "runs/a"], "at least two runs"),
+        (["--ensemble", "a", "b", "--rerank", "5"], "--ensemble and --rerank don't go together"),
+        (["--ensemble", "nowhere", "b"], "--ensemble nowhere: neither a checkpoint"),
+        (["--rerank", "5", "--analyse", "x"], "--analyse needs all similarities"),
+        (["--rerank", "-1"], "--rerank -1"),
+        (["--recall_at", "0"], "--recall_at 0"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, message, capsys):
+    assert evaluation.main(flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cxc_of_another_data_set_is_one_sentence(run, scenes_path, capsys):
+    pytest.importorskip("eccv_caption")
+    assert evaluate(run, scenes_path, "--evaluate_cxc", "1") == 2
+    assert "COCO's test split of 25,000 captions, not for 80" in capsys.readouterr().err
