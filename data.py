@@ -39,6 +39,8 @@ from lib.retrieval.similarity import shard
 from lib.training.logs import RunLog
 from vocab import WordTokenizer
 
+CUT_SAMPLE = 2000  # dense texts whose length is counted
+UNCUT = 1 << 20  # more word pieces than any text has
 HELD_OUT_IMAGES = 1000  # of the training split, where dev can't choose the checkpoint
 
 
@@ -151,11 +153,11 @@ def training_loader(
         split.described() if described else split,
         tokenizer,
         args.img_res if method.uses_pixels else None,
-        _dense_words(args) if described else args.max_word,
+        dense_words(args, training=True) if described else args.max_word,
         augment_images=bool(args.image_augment),
         augment_words=bool(args.size_augment),
         seed=args.seed,
-        max_dense_word=_dense_words(args) if dense else None,
+        max_dense_word=dense_words(args, training=True) if dense else None,
         augment_dense=owner is None and bool(args.size_augment),  # it only teaches
         cache=cache,
         resample=_resample(args),
@@ -186,19 +188,19 @@ def validation_loaders(
     features: FeatureCache | None = None,
 ) -> SplitLoaders:
     """Return this rank's share of a split, ready for evaluation."""
-    dense_words = _dense_words(args)
+    longest = dense_words(args)
     img_res = args.img_res if get_method(args.method).uses_pixels else None
     images = EvalImages(
         split,
         img_res,
         tokenizer,
-        dense_words if owner == "image" else None,
+        longest if owner == "image" else None,
         cache,
         _resample(args),
         features,
     )
     captions = EvalCaptions(
-        split, tokenizer, args.max_word, dense_words if owner == "caption" else None
+        split, tokenizer, args.max_word, longest if owner == "caption" else None
     )
     workers = min(args.workers, 4)
     return SplitLoaders(
@@ -295,5 +297,25 @@ def scenes_coverage(args: argparse.Namespace, split: Split, grid: tuple[int, int
     return named_coverage(Path(args.data_path) / "scenes", split, grid)
 
 
-def _dense_words(args: argparse.Namespace) -> int:
-    return get_method(args.method).dense_words(args)
+def dense_words(args: argparse.Namespace, training: bool = False) -> int:
+    """Return the word pieces at which dense texts are cut: no more than the encoder reads."""
+    words = get_method(args.method).dense_words(args, training)
+    return min(words, getattr(args, "text_positions", None) or words)
+
+
+def dense_cut(
+    args: argparse.Namespace, split: Split, tokenizer: WordTokenizer, training: bool = False
+) -> str:
+    """Return a line that says which share of a split's dense texts is cut, and where.
+
+    Of many texts an evenly spread sample is counted.
+    """
+    words = dense_words(args, training)
+    chosen = np.linspace(0, len(split.dense) - 1, min(len(split.dense), CUT_SAMPLE)).astype(int)
+    lengths = [len(tokenizer.encode(split.dense[row], UNCUT)) for row in chosen]
+    share = 100 * np.mean(np.array(lengths) > words)
+    of = "" if len(chosen) == len(split.dense) else f", of a sample of {len(chosen):,}"
+    return (
+        f"dense texts of {split.name} are read to {words} word pieces (--max_dense_word): "
+        f"{share:.0f} % are cut{of}, their median length is {np.median(lengths):.0f}"
+    )

@@ -13,6 +13,7 @@ import torch
 
 from arguments import final_evaluation, parse_eval, process_settings
 from data import (
+    dense_cut,
     open_features,
     open_image_cache,
     prepare_scenes,
@@ -155,12 +156,15 @@ def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device
     _control(model, args.selection_control, trained)
     prepare_scenes(settings)
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
+    settings.text_positions = getattr(model.text_encoder, "max_positions", None)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
     gallery = Gallery(
         split.dataset, split.name, split.captions, split.image_ids, split.caption_image, split.dense
     )
     if args.evaluate_cxc or args.evaluate_eccv:  # before the work
         check_order(load_labels(), gallery.image_ids, gallery.caption_images)
+    if model.dense_owner is not None and distributed.is_main():
+        print(dense_cut(settings, split, tokenizer))
     pin = device.type == "cuda"
     features = open_features(settings, model.image_encoder, [(split, False)], device)
     loaders = validation_loaders(

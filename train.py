@@ -21,6 +21,7 @@ import torch
 
 from arguments import given_folder, parse_train, process_settings, warn_of_unread_flags
 from data import (
+    dense_cut,
     load_splits,
     open_features,
     open_image_cache,
@@ -115,6 +116,8 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
         model = _model(args, tokenizer, state, start).to(device)
     read = [(training, bool(args.image_augment)), (validation, False)]
     features = open_features(args, model.image_encoder, read, device, log.say)
+    if training.dense is not None:
+        log.say(dense_cut(args, training, tokenizer, training=True))
     splits = training, validation
     trainer = build_trainer(args, model, tokenizer, splits, device, log, cache, features)
     trainer.describe = lambda: _payload(args, tokenizer, trainer, data)
@@ -171,7 +174,7 @@ def suit_tokenizer(
     """Let the arguments agree with the tokenizer: its padding, and the longest text it makes."""
     args.pad_id = tokenizer.pad_id
     for flag in ("max_word", "max_dense_word"):
-        if tokenizer.longest is not None and getattr(args, flag) > tokenizer.longest:
+        if tokenizer.longest is not None and (getattr(args, flag) or 0) > tokenizer.longest:
             log.say(
                 f"--{flag} {getattr(args, flag)}: texts are cut at {tokenizer.longest} tokens, the "
                 f"longest that {args.bert_path} reads"
@@ -195,6 +198,7 @@ def _model(
     set_seed(args.seed)
     model = build_model(args, tokenizer.vocab_size)
     args.image_filter = image_filter(model.image_encoder)  # the loaders, and evaluation, ask for it
+    args.text_positions = getattr(model.text_encoder, "max_positions", None)  # the loaders, too
     if args.gradient_checkpointing:
         recompute_backbones(model)
     if state is not None:

@@ -69,7 +69,7 @@ def check(args: argparse.Namespace, quiet: bool = False) -> Report:
         dataset=args.dataset,
         image_path=Path(image_path(args)),
         max_word=args.max_word,
-        max_dense_word=args.max_dense_word or args.max_word,
+        max_dense_word=method.dense_words(args, training=True),
         needs_dense=method.wants_dense(args) is not None,
         uses_pixels=method.uses_pixels,
         val_split=args.val_split,

@@ -58,7 +58,8 @@ class Opened:
 
     @property
     def dense_words(self) -> int:
-        return self.args.max_dense_word or self.args.max_word
+        words = self.model.dense_words(self.args, training=False)
+        return min(words, getattr(self.model.text_encoder, "max_positions", words))
 
     def photos(
         self,

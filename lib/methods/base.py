@@ -18,6 +18,8 @@ from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss
 from lib.model.slimming import masked_mean
 
+DENSE_WORDS = 256  # the real dense texts have a median of about 130 word pieces
+
 
 class Method(nn.Module):
     """Base of all methods; a subclass is one file and one `@register_method`.
@@ -80,8 +82,10 @@ class Method(nn.Module):
         return False
 
     @classmethod
-    def dense_words(cls, args: argparse.Namespace) -> int:
-        """Return how many word pieces of a dense text are read."""
+    def dense_words(cls, args: argparse.Namespace, training: bool = True) -> int:
+        """Return how many word pieces of a dense text are read, in training or in evaluation."""
+        if args.max_dense_word is None:
+            return DENSE_WORDS
         return args.max_dense_word or args.max_word
 
     @classmethod

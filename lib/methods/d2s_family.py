@@ -194,7 +194,7 @@ class DenseToSparse(PooledMethod):
         return args.weight_path if args.distill else None
 
     @classmethod
-    def dense_words(cls, args: argparse.Namespace) -> int:
+    def dense_words(cls, args: argparse.Namespace, training: bool = True) -> int:
         return args.max_dense_word or LONGEST_DENSE
 
     def start_from(self, other: Method) -> None:

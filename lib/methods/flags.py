@@ -48,7 +48,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_word", type=int, default=90, help="longest caption in word pieces; the rest is cut"
     )
     group.add_argument(
-        "--max_dense_word", type=int, default=0, help="the same for dense texts; 0: as --max_word"
+        "--max_dense_word",
+        type=int,
+        default=None,
+        help="longest dense text; 0: as --max_word (default: 256, or what the text encoder reads; "
+        "seps_released: whole in training, --max_word in evaluation)",
     )
     group.add_argument("--tiny_width", type=int, default=64, help="width of the tiny encoders")
     group.add_argument("--tiny_layers", type=int, default=2, help="layers of the tiny encoders")

@@ -98,11 +98,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     method.check_arguments(args)
 
 
-def longest_text(args: argparse.Namespace) -> int:
-    """Return the most word pieces that the text encoder is given at once."""
+def _wished_positions(args: argparse.Namespace) -> int:
+    """Return the word pieces that a text encoder made from scratch should read."""
     method = get_method(args.method)
-    dense = method.dense_words(args) if method.trains_on_dense(args) else args.max_dense_word
-    return max(args.max_word, dense)
+    if not method.trains_on_dense(args):
+        return args.max_word
+    return max(args.max_word, method.dense_words(args, training=True))
 
 
 def build_model(
@@ -123,7 +124,8 @@ def build_model(
         embed_size=args.embed_size,
         img_res=args.img_res,
         vocab_size=vocab_size,
-        max_word=longest_text(args),
+        max_word=max(args.max_word, args.max_dense_word or 0),
+        positions=_wished_positions(args),
         tiny_width=args.tiny_width,
         tiny_layers=args.tiny_layers,
         tiny_patch_size=args.tiny_patch_size,

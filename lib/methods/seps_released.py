@@ -16,6 +16,8 @@ from lib.model.encoders import EncoderSource
 from lib.model.losses import AlignmentLoss
 from lib.model.slimming import SlimmedImages
 
+WHOLE_TEXT = 512  # word pieces: all that BERT reads
+
 
 @register_method("seps_released")
 class SEPSReleased(LapsFamily):
@@ -35,6 +37,16 @@ class SEPSReleased(LapsFamily):
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str:
         return "caption"
+
+    @classmethod
+    def dense_words(cls, args: argparse.Namespace, training: bool = True) -> int:
+        """Return where the released code cuts dense texts: nowhere in training, else as captions.
+
+        Unless `--max_dense_word` says otherwise.
+        """
+        if args.max_dense_word is not None:
+            return super().dense_words(args, training)
+        return WHOLE_TEXT if training else args.max_word
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> SEPSReleased:

@@ -251,15 +251,17 @@ def build_text_encoder(
     config: dict | None = None,
     tiny: tuple[int, int] = (64, 2),
     pad_id: int = 0,
+    positions: int = 0,
 ) -> TextEncoder:
     """Return the text encoder for `--bert_path`; `config` (a saved one) asks for random weights.
 
+    One made from scratch has at least so many `positions`.
     Raises InputError where `max_word` exceeds the positions or the vocabularies disagree.
     """
     if config is not None:
         source = saved_config(config)
     elif bert_path == "tiny":
-        source = tiny_text_config(vocab_size, *tiny, positions=max_word)
+        source = tiny_text_config(vocab_size, *tiny, positions=max(max_word, positions))
     else:
         source = hub_id(bert_path)
     encoder = TextEncoder(load_backbone(source, "--bert_path"), embed_size, pad_id)
@@ -291,7 +293,8 @@ class EncoderSource:
     embed_size: int
     img_res: int | tuple[int, int]
     vocab_size: int
-    max_word: int
+    max_word: int  # what the text encoder must read
+    positions: int = 0  # what a text encoder from scratch is made to read, if more
     tiny_width: int = 64
     tiny_layers: int = 2
     tiny_patch_size: int = 16
@@ -325,6 +328,7 @@ class EncoderSource:
             self.text_config,
             (self.tiny_width, self.tiny_layers),
             self.pad_id,
+            self.positions,
         )
         return self._as_asked(encoder, "text")
 
