@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 export GOMP_SPINCOUNT ?= 2000
 PIP_FLAGS ?= --disable-pip-version-check -q
 
-.PHONY: demo test test-all lint lint-style figure compare tensorboard clean
+.PHONY: demo test test-all test-browser lint lint-style figure compare tensorboard clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        install, draw the data set 'scenes', train SEPS on it, evaluate"
 	@echo "make test        install, run the tests (make test-all: the slow ones too)"
+	@echo "make test-browser the page and the report in Debian's chromium, which it installs (as root)"
 	@echo "make lint        ruff check and format check"
 	@echo "make figure      draw what the model sees into imgs/, from the demo's checkpoint"
 	@echo "make compare     train and evaluate every method, three seeds (hours): runs/compare/README.md"
@@ -42,6 +43,16 @@ test: lint-style
 
 test-all: lint-style
 	$(TEST) -m "not gpu and not network"
+
+BROWSER := command -v chromium >/dev/null && command -v chromedriver >/dev/null
+INSTALL_BROWSER := apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+	apt-get install -y -q --no-install-recommends chromium chromium-driver
+
+test-browser: $(VENV)/.installed-dev
+	@$(BROWSER) || { $(INSTALL_BROWSER); } >$(VENV)/browser.log 2>&1 || true
+	@if $(BROWSER); then $(TEST) -m browser -n 1; else \
+	  echo "browser tests left out: no chromium and chromium-driver, and apt-get can't install" \
+	    "them here ($(VENV)/browser.log says why)"; fi
 
 lint-style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from arguments import fill_paths
 from lib.batch import Batch
 from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.hub import checkpoint_file
@@ -24,6 +25,17 @@ from lib.retrieval.result_files import file_digest
 from lib.retrieval.search import Searcher
 from lib.retrieval.shortlist import saved_shortlist
 from vocab import WordTokenizer, checkpoint_tokenizer
+
+READING = {  # what `data.read_split` and its loaders read, for checkpoints that lack it
+    "dataset": "f30k",
+    "data_path": "data/",
+    "image_path": None,
+    "f30k_img_path": None,
+    "coco_img_path": None,
+    "scenes_size": None,
+    "feature_cache": None,
+    "batch_size": 64,
+}
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -138,6 +150,21 @@ def open_checkpoint(
 def open_from_flags(args: argparse.Namespace) -> Opened:
     """Return what --checkpoint and the flags beside it name."""
     return open_checkpoint(args.checkpoint, args.method, args.vit_path, args.bert_path, args.device)
+
+
+def data_settings(opened: Opened, args: argparse.Namespace) -> argparse.Namespace:
+    """Return how a data set is read: as the model was trained, where flags do not say else."""
+    settings = argparse.Namespace(**READING)
+    vars(settings).update(vars(opened.args))
+    settings.workers = 0
+    settings.dataset = getattr(args, "dataset", None) or settings.dataset
+    if getattr(args, "data_path", None) is not None:
+        settings.f30k_img_path = settings.coco_img_path = None  # they lay in the former one
+    for name in READING:
+        if getattr(args, name, None) is not None:
+            setattr(settings, name, getattr(args, name))
+    fill_paths(settings)
+    return settings
 
 
 def without_dense_text(opened: Opened, why: str) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from arguments import fill_paths
 from data import prepare_scenes, read_split
 from lib.data.images import decode
 from lib.data.splits import Split
@@ -21,9 +20,13 @@ from lib.flags import Parser
 from lib.program import program, run_program
 from lib.retrieval.evidence import Evidence, gather_evidence
 from lib.retrieval.sheets import captions_sheet, pair_sheet
-from tools.opened import Opened, add_checkpoint_flags, open_from_flags, without_dense_text
-
-DATA_FLAGS = ("data_path", "image_path", "f30k_img_path", "coco_img_path", "scenes_size")
+from tools.opened import (
+    Opened,
+    add_checkpoint_flags,
+    data_settings,
+    open_from_flags,
+    without_dense_text,
+)
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,7 @@ def own_photo(args: argparse.Namespace, opened: Opened) -> Shown:
 
 def dataset_split(args: argparse.Namespace, opened: Opened) -> Split:
     """Return the split that is drawn from, read as the model was trained unless flags say else."""
-    settings = argparse.Namespace(**dict.fromkeys(DATA_FLAGS, None))
-    vars(settings).update(vars(opened.args))
-    settings.dataset = args.dataset or settings.dataset
-    for name in DATA_FLAGS:
-        if getattr(args, name, None) is not None:
-            setattr(settings, name, getattr(args, name))
-        elif name.endswith("img_path") and args.data_path is not None:
-            setattr(settings, name, None)
-    fill_paths(settings)
+    settings = data_settings(opened, args)
     prepare_scenes(settings)
     return read_split(settings, args.split, needs_dense=opened.model.dense_owner is not None)
 
