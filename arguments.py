@@ -326,7 +326,9 @@ def parse_train(
     parser = train_parser()
     first, _ = parser.parse_known_args(argv)
     if saved_arguments is None:
-        parser.set_defaults(**DATASET_DEFAULTS.get(first.dataset, {}))
+        own = registry.get_method(first.method or "seps").defaults(first)
+        dataset = own.get("dataset", first.dataset)
+        parser.set_defaults(**{**DATASET_DEFAULTS.get(dataset, {}), **own})
     else:
         saved = load_object(saved_arguments)
         check_kinds(parser._actions, saved, str(saved_arguments))

@@ -73,11 +73,13 @@ def find_checkpoints(args: argparse.Namespace) -> list[Path]:
     if args.checkpoint:
         return [Path(args.checkpoint)]
     dataset = args.dataset or "f30k"
-    folders = sorted(Path(args.runs).glob(f"{dataset}_*"))
-    found = [folder / BEST for folder in folders if (folder / BEST).exists()]
+    runs = Path(args.runs)
+    nested = runs.glob(f"{dataset}/**/{BEST}")  # D2S-VSE's runs/f30k/vit_224/distill
+    found = sorted({*runs.glob(f"{dataset}_*/{BEST}"), *nested})
     if not found:
         raise InputError(
-            f"no {args.runs}/{dataset}_*/{BEST}: train a model first, or name a --checkpoint"
+            f"no {args.runs}/{dataset}_*/{BEST}, and none below {args.runs}/{dataset}: train a "
+            "model first, or name a --checkpoint"
         )
     for flag in ("save_similarity", "analyse"):
         if getattr(args, flag) and len(found) > 1:

@@ -26,36 +26,16 @@ from lib.checkpoints.checkpoint import BEST, load_model, plain_arguments
 from lib.errors import InputError
 from lib.files import read_json, write_json, write_text_whole
 from lib.flags import IntegerList, Parser
-from lib.methods.registry import method_names
 from lib.program import printable_streams
 from lib.retrieval import comparison
 from lib.retrieval.comparison import FinishedRun, Row, last_line
 from lib.retrieval.evaluation import find_table
+from tools.compare_rows import pick_rows, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE, LOG = "compare.json", "output.log"
 TICK_SECONDS = 5.0  # how often the display and the seconds on disk are renewed
 OURS = ("--method", "--dataset", "--seed", "--logger_name", "--resume", "--overwrite")
-
-# Rows beside each registered method with its defaults.
-VARIANTS = [
-    Row("seps_no_dense", ("--method", "seps", "--dense_side", "none")),
-    Row("seps_match", ("--method", "seps", "--dense_match", "max_mean")),
-    Row("seps_oracle", ("--method", "seps", "--dense_side", "caption")),
-]
-ABLATIONS = [
-    Row("default", ("--method", "seps")),
-    Row("gumbel", ("--method", "seps", "--selection", "gumbel")),
-    Row("text_scores_only", ("--method", "seps", "--attention_weight", "1.0")),
-    Row("patch_score_only", ("--method", "seps", "--attention_weight", "0.0")),
-    Row("relevance_mlp", ("--method", "seps", "--relevance", "topk_mlp")),
-    Row("relevance_none", ("--method", "seps", "--relevance", "mean")),
-    Row("no_dense", ("--method", "seps", "--dense_side", "none")),
-    Row("oracle_dense", ("--method", "seps", "--dense_side", "caption")),
-    Row("no_aggregation", ("--method", "seps", "--aggr_ratio", "1.0")),
-    Row("no_slimming", ("--method", "seps", "--sparse_ratio", "1.0", "--aggr_ratio", "1.0")),
-    Row("detached", ("--method", "seps", "--detach_patches", "1")),
-]
 
 Execute = Callable[[list[str], Path, Callable[[], None]], int]
 
@@ -146,24 +126,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def rows_of(args: argparse.Namespace) -> list[Row]:
-    """Return every row of the table that the flags ask for, picked or not."""
-    if args.ablations:
-        return ABLATIONS
-    return [*(Row(name, ("--method", name)) for name in method_names()), *VARIANTS]
-
-
-def pick_rows(rows: Sequence[Row], names: str | None) -> list[Row]:
-    """Return the rows of a comma-separated list, all for None. Raises InputError for others."""
-    if names is None:
-        return list(rows)
-    known = {row.name: row for row in rows}
-    for name in names.split(","):
-        if name not in known:
-            raise InputError(f"--rows {name}: no such row; there are {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names.split(","))]
-
-
 def train_flags(args: argparse.Namespace) -> list[str]:
     """Return the train.py flags of every run. Raises InputError for flags this tool sets itself."""
     extra = shlex.split(args.train)
@@ -177,7 +139,11 @@ def train_flags(args: argparse.Namespace) -> list[str]:
 def plan_run(row: Row, seed: int, flags: Sequence[str], out: Path) -> Planned:
     """Return a run to come. Raises InputError for flags that train.py would refuse."""
     folder = out / row.name / f"seed{seed}"
-    argv = [*flags, *row.flags, "--seed", str(seed), "--logger_name", str(folder)]
+    own = [
+        str(out / flag[1:] / f"seed{seed}" / BEST) if flag.startswith("@") else flag
+        for flag in row.flags
+    ]
+    argv = [*flags, *own, "--seed", str(seed), "--logger_name", str(folder)]
     try:
         return Planned(row, seed, folder, argv, plain_arguments(parse_train(argv)))
     except InputError as error:

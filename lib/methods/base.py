@@ -62,6 +62,11 @@ class Method(nn.Module):
         """Add the flags that this method alone reads."""
 
     @classmethod
+    def defaults(cls, args: argparse.Namespace) -> dict[str, Any]:
+        """Return what this method's flags change in the defaults; a flag given still wins."""
+        return {}
+
+    @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> Method:
         """Return the method that `args` describes; the only place that sees the Namespace."""
         raise NotImplementedError

@@ -16,11 +16,41 @@ from lib.model.losses import AlignmentLoss
 from lib.model.precision import full_precision
 from lib.model.reasoning import ImageSelfAttention, SelfAttention, SimilarityNodes, linear, unit
 
-SHARED_FLAGS = ("sim_dim", "sgraf_norm", "num_regions", "sgraf_dropout")
+SHARED_FLAGS = tuple(
+    "data_name lr_update module_name sim_dim sgraf_norm num_regions sgraf_dropout".split()
+)
+PRECOMP = "_precomp"  # what --data_name ends in
+OWN_DEFAULTS = {  # of SGRAF's program, which --data_name stands for
+    "precomp": 1,
+    "text_encoder": "gru",
+    "embed_size": 1024,
+    "weight_decay": 0.0,
+    "max_violation": True,
+    "embedding_warmup_epochs": -1,
+    "size_augment": 0,
+}
+DECAY_RATE = 0.1
 
 
 def add_shared_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that both methods read."""
+    """Add the flags that both methods read, those of SGRAF's own program first."""
+    group.add_argument(
+        "--data_name",
+        default=None,
+        metavar="NAME_precomp",
+        help="stands for --dataset NAME --precomp 1 --text_encoder gru --embed_size 1024 "
+        "--weight_decay 0 --max_violation --embedding_warmup_epochs -1 --size_augment 0",
+    )
+    group.add_argument(
+        "--lr_update",
+        type=int,
+        default=None,
+        metavar="EPOCHS",
+        help="stands for --decay_rate 0.1 and --lr_schedules at each multiple",
+    )
+    group.add_argument(
+        "--module_name", default=None, choices=["SGR", "SAF"], help="must agree with --method"
+    )
     group.add_argument("--sim_dim", type=int, default=256, help="width of a similarity vector")
     group.add_argument(
         "--sgraf_norm",
@@ -79,8 +109,25 @@ class SimilarityReasoning(Method):
             nn.init.zeros_(image_encoder.proj.bias)
 
     @classmethod
+    def defaults(cls, args: argparse.Namespace) -> dict[str, Any]:
+        """Return what --data_name and --lr_update stand for."""
+        found: dict[str, Any] = {}
+        if args.data_name is not None:
+            dataset = args.data_name.removesuffix(PRECOMP)
+            if dataset in ("", args.data_name):
+                raise InputError(
+                    f"--data_name {args.data_name}: give NAME{PRECOMP}, the folder of region "
+                    "features, or --dataset NAME for images"
+                )
+            found = {"dataset": dataset, **OWN_DEFAULTS}
+        if args.lr_update is not None and args.lr_update > 0:
+            falls = range(args.lr_update, args.num_epochs, args.lr_update)
+            found |= {"decay_rate": DECAY_RATE, "lr_schedules": list(falls)}
+        return found
+
+    @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
-        module = getattr(args, "module_name", None)
+        module = args.module_name
         if module is not None and module.lower() != cls.name:
             raise InputError(
                 f"--module_name {module} is not --method {cls.name}: leave one of them out"

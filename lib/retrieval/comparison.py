@@ -21,6 +21,7 @@ PROTOCOLS = {  # SPEC 8, in the order they are shown
 COLOURS = {"none": "#4477aa", "image": "#228833", "oracle": "#cc6677"}
 RECALLS = tuple((way, f"r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10))
 HIGHEST_RSUM = 600
+DENSE_MARK, DENSE_NOTE = "†", "trained with dense texts; no query or gallery item carries one"
 # Flags that change where, how fast or how loudly a run works, never what it learns.
 WITHOUT_EFFECT = {
     "dist_backend",
@@ -60,6 +61,11 @@ class FinishedRun:
     def protocol(self) -> str:
         return self.tables["test"]["protocol"]
 
+    @property
+    def trained_on_dense(self) -> bool:
+        """Return whether dense texts took part in training; older results don't tell."""
+        return bool(self.tables["test"].get("trained_on_dense", False))
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -72,6 +78,7 @@ class Summary:
     rsum: dict[str, tuple[float, float | None]]  # by split
     parameters: int
     seconds: float
+    dense_in_training_alone: bool = False
 
 
 def summarize(runs: Sequence[FinishedRun]) -> list[Summary]:
@@ -102,6 +109,7 @@ def _summary(runs: Sequence[FinishedRun]) -> Summary:
         rsum={split: spread(split) for split in first.tables},
         parameters=first.parameters,
         seconds=statistics.fmean(run.seconds for run in runs),
+        dense_in_training_alone=first.protocol == "none" and first.trained_on_dense,
     )
 
 
@@ -129,13 +137,16 @@ def markdown_table(
     heads += ["parameters", "training, s", "seeds"]
     lines = [heads, ["---", "---"] + ["---:"] * (len(heads) - 2)]
     for one in summaries:
-        cells = [one.row.name, f"`{' '.join(one.row.flags)}`"]
+        mark = f" {DENSE_MARK}" if one.dense_in_training_alone else ""
+        cells = [one.row.name + mark, f"`{' '.join(one.row.flags)}`"]
         if recalls:
             cells += [f"{one.recalls[recall]:.1f}" for recall in RECALLS]
         cells += [format_spread(*one.rsum[split]) for split in splits]
         cells += [f"{one.parameters:,}", f"{one.seconds:,.0f}", ", ".join(map(str, one.seeds))]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    marked = any(one.dense_in_training_alone for one in summaries)
+    return table + (f"\n{DENSE_MARK} {DENSE_NOTE}\n" if marked else "")
 
 
 def format_spread(mean: float, deviation: float | None) -> str:

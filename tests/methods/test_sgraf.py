@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from arguments import parse_train
 from lib.batch import Tokens, length_mask
 from lib.errors import InputError
 from lib.methods.registry import check_arguments, get_method
@@ -305,3 +306,38 @@ def test_a_module_name_must_agree_with_the_method():
     get_method("saf").check_arguments(tiny_args("saf", module_name="SAF"))
     with pytest.raises(InputError, match="--module_name SGR is not --method saf"):
         get_method("saf").check_arguments(tiny_args("saf", module_name="SGR"))
+
+
+SGRAF_COMMANDS = {  # the README's, with --method added
+    "--method sgr --data_name coco_precomp --num_epochs 20 --lr_update 10 --module_name SGR": [10],
+    "--method saf --data_name f30k_precomp --num_epochs 30 --lr_update 20 --module_name SAF": [20],
+    "--method sgr --data_name f30k_precomp --num_epochs 40 --lr_update 30 --module_name SGR": [30],
+}
+
+
+@pytest.mark.parametrize("command", SGRAF_COMMANDS)
+def test_the_command_lines_of_sgraf_give_its_settings(command):
+    args = parse_train(command.split())
+    assert args.lr_schedules == SGRAF_COMMANDS[command]
+    assert args.dataset == command.split()[3].removesuffix("_precomp")
+    expected = {"precomp": 1, "text_encoder": "gru", "embed_size": 1024, "decay_rate": 0.1}
+    expected |= {"max_violation": True, "weight_decay": 0.0, "learning_rate": 2e-4, "sim_dim": 256}
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_flags_given_go_before_what_a_command_line_of_sgraf_stands_for():
+    command = "--method sgr --data_name f30k_precomp --embed_size 64 --text_encoder bert"
+    args = parse_train([*command.split(), "--lr_update", "5", "--lr_schedules", "3", "7"])
+    assert (args.embed_size, args.text_encoder, args.lr_schedules) == (64, "bert", [3, 7])
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("--method sgr --data_name f30k", "--data_name f30k: give NAME_precomp"),
+        ("--method sgr --lr_update 0", "--lr_update 0"),
+    ],
+)
+def test_what_sgraf_can_not_mean_is_refused(command, told):
+    with pytest.raises(InputError, match=told):
+        parse_train(command.split())

@@ -28,6 +28,7 @@ from lib.retrieval.comparison import (
 )
 from lib.retrieval.result_files import write_results
 from tools import compare
+from tools.compare_rows import ABLATIONS, rows_of
 
 
 def table(rsum: float, protocol: str = "none") -> dict:
@@ -264,11 +265,11 @@ def test_every_run_gets_the_same_flags_and_its_own(call, runner):
 
 def test_every_registered_method_and_variant_is_a_row():
     args = compare.parser().parse_args([])
-    names = [row.name for row in compare.rows_of(args)]
+    names = [row.name for row in rows_of(args)]
     assert set(method_names()) <= set(names)
     assert {"seps_no_dense", "seps_match", "seps_oracle"} <= set(names)
     assert len(names) == len(set(names))
-    for row in [*compare.rows_of(args), *compare.ABLATIONS]:
+    for row in [*rows_of(args), *ABLATIONS]:
         compare.plan_run(row, 0, ["--dataset", "scenes"], Path("out"))
 
 
