@@ -90,6 +90,18 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_training_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training data")
     group.add_argument(
+        "--shards",
+        default=None,
+        metavar="PATTERN",
+        help="train on WebDataset shards, 'shard-{000..099}.tar'; dev and test from --dataset",
+    )
+    group.add_argument(
+        "--shard_sizes",
+        default=None,
+        metavar="FILE",
+        help="JSON of each shard's samples; default: sizes.json beside them, else counted",
+    )
+    group.add_argument(
         "--feature_views",
         type=int,
         default=0,

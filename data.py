@@ -16,11 +16,13 @@ from arguments import image_path
 from lib import distributed
 from lib.data.features import FeatureCache, Key, fill, wanted_views
 from lib.data.image_cache import ImageCache
-from lib.data.layout import dense_file, describe_command
+from lib.data.layout import dense_file, dense_way_out, describe_command
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
 from lib.data.scenes.facts import named_coverage, sibling_captions
 from lib.data.scenes.generate import generate_scenes
-from lib.data.sources import EvalCaptions, EvalImages, TrainSet
+from lib.data.shard_loader import ShardLoader, plan_share
+from lib.data.shards import ShardSet, ShardStream, open_shards
+from lib.data.sources import EvalCaptions, EvalImages, ImageFolderSource, TrainSet
 from lib.data.splits import (
     Split,
     hold_out,
@@ -63,14 +65,17 @@ def _draw_scenes(args: argparse.Namespace) -> None:
         raise InputError(f"--scenes_size or --img_res: {error}") from None
 
 
-def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
+def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split | ShardSet, Split]:
     """Return the training split and the one that chooses the checkpoint.
 
     Where dev lacks what the method needs, training images are held out in its place, and the log
-    says so. Raises InputError for anything wrong with the files.
+    says so; not of shards, which need a dev split beside them. Raises InputError for anything wrong
+    with the files.
     """
     method = get_method(args.method)
     needs_dense = method.wants_dense(args) is not None
+    if args.shards:
+        return _shards(args, log), read_split(args, args.val_split, needs_dense)
     training = read_split(args, "train", method.trains_on_dense(args))
     missing = _missing_for_validation(args, needs_dense)
     if args.val_split != "held_out":  # a run that goes on stays with what it held out
@@ -84,6 +89,29 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split, Split]:
         f"{_describe_hint(args, missing)}; --val_split test is the official habit"
     )
     return hold_out(training, count)
+
+
+def _shards(args: argparse.Namespace, log: RunLog) -> ShardSet:
+    """Return the training split in shards. Raises InputError where they can't be used."""
+    for flag in ("precomp", "image_cache", "feature_cache", "sibling_share"):
+        if getattr(args, flag):
+            raise InputError(
+                f"--shards and --{flag} exclude each other: shards are read in passing"
+            )
+    method = get_method(args.method)
+    if method.pairs_from_dense(args):
+        raise InputError(
+            "--shards: the pairs are images and captions, this stage trains on dense texts"
+        )
+    dense = dense_file(args.data_path, args.dataset, "train")
+    sizes = Path(args.shard_sizes) if args.shard_sizes else None
+    way_out = dense_way_out(args.data_path, args.dataset, "train")
+    shards = open_shards(args.shards, sizes, method.trains_on_dense(args), dense, way_out)
+    log.say(
+        f"{int(shards.sizes.sum()):,} images in {len(shards.paths)} shards; an epoch takes each "
+        "once, with one of its captions"
+    )
+    return shards
 
 
 def _describe_hint(args: argparse.Namespace, missing: str | None) -> str:
@@ -138,14 +166,16 @@ def open_image_cache(args: argparse.Namespace) -> ImageCache | None:
 
 def training_loader(
     args: argparse.Namespace,
-    split: Split,
+    split: Split | ShardSet,
     tokenizer: WordTokenizer,
     owner: str | None,
     pin: bool,
     cache: ImageCache | None = None,
     features: FeatureCache | None = None,
-) -> TrainLoader:
+) -> TrainLoader | ShardLoader:
     """Return the loader of this rank's training pairs; `owner` is who is given the dense text."""
+    if isinstance(split, ShardSet):
+        return _shard_loader(args, split, tokenizer, owner, pin)
     method = get_method(args.method)
     described = method.pairs_from_dense(args)
     dense = method.trains_on_dense(args) and not described
@@ -176,6 +206,39 @@ def training_loader(
         siblings=siblings,
         sibling_share=args.sibling_share,
     )
+
+
+def _shard_loader(
+    args: argparse.Namespace,
+    shards: ShardSet,
+    tokenizer: WordTokenizer,
+    owner: str | None,
+    pin: bool,
+) -> ShardLoader:
+    share, workers = plan_share(
+        int(shards.sizes.sum()),
+        len(shards.paths),
+        args.batch_size,
+        args.workers,
+        distributed.rank(),
+        distributed.world_size(),
+    )
+    method, source = get_method(args.method), None
+    if method.uses_pixels:
+        augment = bool(args.image_augment)
+        source = ImageFolderSource([], args.img_res, augment, resample=_resample(args))
+    stream = ShardStream(
+        shards,
+        tokenizer,
+        source,
+        share,
+        args.max_word,
+        augment_words=bool(args.size_augment),
+        seed=args.seed,
+        max_dense_word=(dense_words(args, training=True) if method.trains_on_dense(args) else None),
+        augment_dense=owner is None and bool(args.size_augment),
+    )
+    return ShardLoader(stream, workers, pin)
 
 
 def validation_loaders(

@@ -71,6 +71,7 @@ def check(args: argparse.Namespace, quiet: bool = False) -> Report:
         max_word=args.max_word,
         max_dense_word=method.dense_words(args, training=True),
         needs_dense=method.wants_dense(args) is not None,
+        trains_on_dense=method.trains_on_dense(args),
         uses_pixels=method.uses_pixels,
         val_split=args.val_split,
         max_bad_images=args.max_bad_images,

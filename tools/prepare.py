@@ -21,8 +21,9 @@ from lib.data.prepare.folder import read_folder
 from lib.data.prepare.hub import extract_hub
 from lib.data.prepare.karpathy import dataset_name, read_karpathy
 from lib.data.prepare.photos import Source
-from lib.data.prepare.shards import expand_shards, extract_shards
+from lib.data.prepare.shards import extract_shards
 from lib.data.prepare.splitting import parse_plan
+from lib.data.tars import expand_shards
 from lib.errors import InputError
 from lib.flags import Parser
 from lib.program import program, run_program
@@ -148,7 +149,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     inputs = [getattr(args, "file", None), getattr(args, "captions", None)]
     inputs += list(parse_plan(args.split).lists)
     if args.source == "webdataset":
-        inputs += expand_shards(args.shards)
+        inputs += [Path(path) for path in expand_shards(args.shards)]
     stamps = [_stamp(path) for path in inputs if path is not None]
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()} | {
         "inputs": stamps

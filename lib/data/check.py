@@ -81,7 +81,8 @@ class Plan:
     image_path: Path | None = None
     max_word: int = 90
     max_dense_word: int = 90
-    needs_dense: bool = True
+    needs_dense: bool = True  # in evaluation, and where trains_on_dense is None in training too
+    trains_on_dense: bool | None = None
     uses_pixels: bool = True
     val_split: str = "dev"
     max_bad_images: int = 100
@@ -313,7 +314,10 @@ def _judge_split(plan: Plan, split: SplitReport, most_bad: int, stops: list[str]
             f"{split.name}: {len(split.undecodable)} images do not decode{allowed} "
             f"({split.undecodable[0]} first)"
         )
-    if not plan.needs_dense or split.errors:
+    needed = plan.needs_dense
+    if split.name == "train" and plan.trains_on_dense is not None:
+        needed = plan.trains_on_dense
+    if not needed or split.errors:
         return
     if split.dense_error is not None:
         stops.append(split.dense_error)

@@ -6,17 +6,22 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lib.data.shards import ShardSet
 from lib.data.splits import Split
+from lib.data.tars import shard_name
 
 COUNTS = ("images", "captions")
 
 
-def split_fingerprint(split: Split) -> dict[str, Any]:
+def split_fingerprint(split: Split | ShardSet) -> dict[str, Any]:
     """Return plain values that two splits share only where texts, ids and their order are the same.
 
     Counts of images and captions, and SHA-256 digests: of the captions, of each caption's image id,
-    and of the dense texts where they are read. The pixels are not read.
+    and of the dense texts where they are read. The pixels are not read. Of shards, which are read
+    in passing, names and sizes stand for all that.
     """
+    if isinstance(split, ShardSet):
+        return _shards_fingerprint(split)
     of_captions = (split.image_ids[row] for row in split.caption_image.tolist())
     return {
         "dataset": split.dataset,
@@ -26,6 +31,21 @@ def split_fingerprint(split: Split) -> dict[str, Any]:
         "captions_sha256": _digest(split.captions),
         "ids_sha256": _digest(of_captions),
         "dense_sha256": None if split.dense is None else _digest(split.dense),
+    }
+
+
+def _shards_fingerprint(shards: ShardSet) -> dict[str, Any]:
+    images = int(shards.sizes.sum())
+    pairs = zip(shards.paths, shards.sizes.tolist(), strict=True)
+    digest = _digest(f"{shard_name(path)} {size}" for path, size in pairs)
+    return {
+        "dataset": "shards",
+        "split": "train",
+        "images": images,
+        "captions": images,
+        "captions_sha256": digest,
+        "ids_sha256": digest,
+        "dense_sha256": None,
     }
 
 

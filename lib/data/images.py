@@ -21,13 +21,20 @@ def decode(path: str) -> np.ndarray | None:
     """Return the image as OpenCV decodes it, or None where it can't or the JPEG file is cut off."""
     try:
         data = np.fromfile(path, dtype=np.uint8)
-        raw = data.tobytes()
-        # OpenCV greys out what a cut-off JPEG lacks; a whole one ends its last scan with FF D9
-        unsure = raw.startswith(b"\xff\xd8") and not raw.endswith(b"\xff\xd9")
-        if unsure and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):
-            return None
-        return cv2.imdecode(data, cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):
+    except OSError:
+        return None
+    return decode_bytes(data.tobytes())
+
+
+def decode_bytes(raw: bytes) -> np.ndarray | None:
+    """Return the image in a file's bytes, as `decode` does."""
+    # OpenCV greys out what a cut-off JPEG lacks; a whole one ends its last scan with FF D9
+    unsure = raw.startswith(b"\xff\xd8") and not raw.endswith(b"\xff\xd9")
+    if unsure and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):
+        return None
+    try:
+        return cv2.imdecode(np.frombuffer(raw, dtype=np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
         return None
 
 

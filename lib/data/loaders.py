@@ -177,7 +177,7 @@ class EvalLoader:
     def after(self, count: int) -> EvalLoader:
         """Return the loader of the same items but for the first `count`."""
         old = self._loader
-        rest = _loader(
+        rest = make_loader(
             old.dataset,
             old.dataset.tokenizer,
             old.num_workers,
@@ -221,7 +221,7 @@ def train_loader(
     sampler = PairSampler(
         len(dataset), batch_size, dataset.seed, rank, world, siblings, sibling_share
     )
-    loader = _loader(dataset, dataset.tokenizer, num_workers, pin_memory, batch_sampler=sampler)
+    loader = make_loader(dataset, dataset.tokenizer, num_workers, pin_memory, batch_sampler=sampler)
     return TrainLoader(loader, sampler)
 
 
@@ -234,7 +234,7 @@ def image_loader(
 ) -> EvalLoader:
     """Return the loader of images in order; `indices` are the rows of this rank's shard."""
     order = {"batch_size": batch_size, "sampler": indices}
-    return EvalLoader(_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
+    return EvalLoader(make_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
 
 
 def caption_loader(
@@ -246,12 +246,13 @@ def caption_loader(
 ) -> EvalLoader:
     """Return the loader of captions in order; `indices` are the captions of this rank's shard."""
     order = {"batch_size": batch_size, "sampler": indices}
-    return EvalLoader(_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
+    return EvalLoader(make_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
 
 
-def _loader(
+def make_loader(
     dataset: Dataset, tokenizer: Tokenizer | None, workers: int, pin_memory: bool, **order
 ) -> DataLoader:
+    """Return a loader over watched workers, whatever the kind of data set and `order`."""
     workers = min(workers, os.cpu_count() or 1)
     if workers:
         # OpenCV's thread pool does not survive a fork: a worker that inherits one can hang. Here,

@@ -13,7 +13,15 @@ from torch.utils.data import Dataset
 
 from lib.batch import image_size
 from lib.data.image_cache import ImageCache, PreparedImage
-from lib.data.images import CROP_RATIO, CROP_SCALE, decode, random_crop_and_flip, resize, shrink
+from lib.data.images import (
+    CROP_RATIO,
+    CROP_SCALE,
+    decode,
+    decode_bytes,
+    random_crop_and_flip,
+    resize,
+    shrink,
+)
 from lib.data.packed import PackedTexts
 from lib.data.splits import Regions, Split, map_array
 
@@ -87,8 +95,14 @@ class ImageFolderSource:
             image = self._prepare(path)
         else:
             image = self.cache.get(path, self._settings, lambda: self._prepare(path))
-        if image is None:
-            return None
+        return None if image is None else self._view(image, rng)
+
+    def read_bytes(self, data: bytes, rng: np.random.Generator | None = None) -> Tensor | None:
+        """Return an image file's bytes as `read` returns the file; never cached."""
+        image = self._fit(decode_bytes(data))
+        return None if image is None else self._view(image, rng)
+
+    def _view(self, image: PreparedImage, rng: np.random.Generator | None) -> Tensor:
         pixels = torch.from_numpy(image.pixels)
         if not self.augment:
             return pixels
@@ -98,7 +112,10 @@ class ImageFolderSource:
 
     def _prepare(self, path: str) -> PreparedImage | None:
         """Return what does not depend on chance: resized RGB (3, ...), to augment BGR (..., 3)."""
-        pixels = decode(path)  # (H, W, 3) BGR
+        return self._fit(decode(path))
+
+    def _fit(self, pixels: np.ndarray | None) -> PreparedImage | None:
+        """Return decoded pixels, (H, W, 3) BGR, as `_prepare` does."""
         if pixels is None:
             return None
         full_size = pixels.shape[:2]

@@ -141,7 +141,7 @@ def lines_that_are_whole(path: Path) -> list[dict]:
         (["--dataset", "nowhere"], "--dataset nowhere: no folder"),
         (["--dataset", "pets", "--split", "val"], "choose from train, dev, test"),
         (["--dataset", "pets", "--part", "3/2"], "--part 3/2"),
-        (["--dataset", "pets", "--top_p", "0"], "--top_p above 0"),
+        (["--dataset", "pets", "--top_p", "0"], "--top_p 0.0: give"),
         (["--dataset", "pets", "--limit", "0"], "--limit 0"),
         (["--images", "."], "--images needs --out"),
     ],

@@ -11,7 +11,8 @@ from lib.data.prepare.extract import Journal, safe_name
 from lib.data.prepare.folder import read_folder
 from lib.data.prepare.hub import extract_hub
 from lib.data.prepare.karpathy import dataset_name, read_karpathy
-from lib.data.prepare.shards import expand_shards, extract_shards, read_shard
+from lib.data.prepare.shards import extract_shards
+from lib.data.tars import expand_shards, read_samples
 from lib.errors import InputError
 from tests.data.prepare.pictures import (
     caption_csv,
@@ -173,10 +174,10 @@ def test_shards_that_are_missing_or_damaged_are_named(tmp_path):
         expand_shards(str(tmp_path / "s-{0..1}.tar"))
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(InputError, match=r"s-0.tar"):
-        list(read_shard(path))
+        list(read_samples(str(path)))
     write_shard(path, [1], lambda key: {"txt": b"alone"})
     with pytest.raises(InputError, match="sample 00001 has no image, only txt"):
-        list(read_shard(path))
+        extract_shards(str(path), tmp_path, Journal(tmp_path / "journal"), lambda done: None)
 
 
 @pytest.mark.parametrize(
