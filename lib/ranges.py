@@ -61,7 +61,8 @@ RANGES = _table(
     ),
     reals_from_zero=(
         Range(0),
-        "weight_decay margin backbone_lr_ratio ratio_weight grad_clip score_threshold temperature",
+        "global_weight weight_decay margin backbone_lr_ratio ratio_weight grad_clip"
+        " score_threshold temperature",
     ),
     reals_above_zero=(
         Range(0, low_open=True),

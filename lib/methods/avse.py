@@ -138,6 +138,7 @@ class AVSE(Method):
     """
 
     takes_features = False
+    has_global_embedding = False  # an image's has two views, a caption's one
 
     def __init__(
         self,

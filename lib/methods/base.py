@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.methods import pairs
 from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
-from lib.model.losses import AlignmentLoss
+from lib.model.losses import AlignmentLoss, GlobalLoss
 from lib.model.slimming import masked_mean
 
 DENSE_WORDS = 256  # the real dense texts have a median of about 130 word pieces
@@ -38,6 +38,7 @@ class Method(nn.Module):
     is_fused: bool = False  # True while the kernel scores the pairs: never with a graph
     may_leave_unused: bool = False  # True where a step can leave a parameter without gradient
     score_range: tuple[float, float] | None = None  # of a similarity, where it has bounds
+    has_global_embedding: ClassVar[bool] = True  # one that images and captions share
     accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
     takes_features: ClassVar[bool] = True  # reads the image encoder's last hidden state alone
     also_reads: ClassVar[tuple[str, ...]] = ()  # flags beside its own that not every method reads
@@ -56,6 +57,7 @@ class Method(nn.Module):
         self.criterion = criterion
         self.shard_size = shard_size
         self.dense_owner = dense_owner
+        self.global_loss: GlobalLoss | None = None  # of --global_weight, whatever the method
 
     @classmethod
     def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
@@ -114,6 +116,8 @@ class Method(nn.Module):
     def set_hard_negatives(self, hard: bool) -> None:
         """Use the hardest negative of each row and column instead of the sum over all."""
         self.criterion.hard_negatives = hard
+        if self.global_loss is not None:
+            self.global_loss.criterion.hard_negatives = hard
 
     def set_alignment_scale(self, scale: float) -> None:
         """Multiply the alignment loss, and nothing beside it, by `scale` (embedding warm-up)."""
@@ -229,7 +233,20 @@ class Method(nn.Module):
         dense = (dense_ids, dense_lengths)  # each side takes it only where it owns it
         images = self.encode_images(pixels, *dense, pixel_lengths)
         texts = self.encode_texts(ids, lengths, *dense)
-        return self.losses(images, gather_tokens(texts), gather_rows(image_ids))
+        texts, image_ids = gather_tokens(texts), gather_rows(image_ids)
+        return self._with_global_loss(
+            self.losses(images, texts, image_ids), images, texts, image_ids
+        )
+
+    def _with_global_loss(
+        self, losses: dict[str, Tensor], images: Tokens, texts: Tokens, image_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the losses with that of the global embeddings added, where there is one."""
+        if self.global_loss is None:
+            return losses
+        seen = self.gather(self.global_embeddings(images))  # (B, C)
+        added = self.global_loss(seen, self.global_embeddings(texts), image_ids)
+        return {**losses, "loss": losses["loss"] + added, "global": added.detach()}
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
         """Return the losses of this rank's images and all captions; `image_ids` (B_t,): whose."""

@@ -102,6 +102,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "for it; infonce: symmetric InfoNCE",
     )
     loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")
+    loss.add_argument(
+        "--global_weight",
+        type=float,
+        default=0.0,
+        help="weight of a loss on the cosine of mean embeddings, trained beside the method: what "
+        "eval.py --rerank makes its shortlists by; 0: none",
+    )
+    loss.add_argument(
+        "--global_loss", default="vse", choices=["vse", "infonce"], help="which loss that is"
+    )
 
 
 def dense_owner(dense_side: str, dense_match: str) -> str | None:

@@ -12,6 +12,7 @@ from lib.methods.base import Method
 from lib.methods.encoder_flags import add_encoder_arguments, check_feature_cache, check_freeze
 from lib.methods.flags import add_common_arguments
 from lib.model.encoders import EncoderSource
+from lib.model.losses import GlobalLoss
 from lib.ranges import check_ranges
 
 _METHODS: dict[str, type[Method]] = {}
@@ -95,6 +96,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     check_feature_cache(args, method)
     check_freeze(args)
+    if args.global_weight and not method.has_global_embedding:
+        raise InputError(
+            f"--global_weight {args.global_weight}: images and captions of --method {args.method} "
+            "share no global embedding; leave it out"
+        )
     method.check_arguments(args)
 
 
@@ -145,4 +151,6 @@ def build_model(
                 "have no bounds with these flags: give --loss vse or infonce"
             )
         model.criterion.score_range = model.score_range
+    if args.global_weight:
+        model.global_loss = GlobalLoss(args.global_weight, args.global_loss, args.margin)
     return model

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 SPHERE_DIMENSION = 512  # n of the distance-weighted sampling's q(d), fixed in SPEC 10
 LARGEST_LOGIT_SCALE = 100.0
@@ -182,6 +183,20 @@ class AlignmentLoss(nn.Module):
         return distance_weighted_triplet(
             similarity, negatives, self.margin, self.cutoff, generator, cosines
         )
+
+
+class GlobalLoss(nn.Module):
+    """A loss of its own on the cosine of global embeddings: what re-ranking makes shortlists by."""
+
+    def __init__(self, weight: float, loss: str = "vse", margin: float = 0.2) -> None:
+        super().__init__()
+        self.weight = weight
+        self.criterion = AlignmentLoss(loss, margin)
+
+    def forward(self, images: Tensor, texts: Tensor, image_ids: Tensor) -> Tensor:
+        """Return the weighted loss of matching embeddings, (B, C) each, as a scalar."""
+        images, texts = (normalize(_wide(side), dim=-1) for side in (images, texts))
+        return self.weight * self.criterion(images @ texts.T, image_ids)
 
 
 def _wide(similarity: Tensor) -> Tensor:

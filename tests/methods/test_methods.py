@@ -86,6 +86,33 @@ def test_batch_mates_change_nothing(method):
     assert (max(differences) > 1e-5) == (method in BATCH_MATES_MATTER)
 
 
+@pytest.mark.parametrize(("images", "texts"), [(2, 6), (5, 1), (1, 4)])
+def test_images_and_captions_in_unequal_numbers(method, images, texts):
+    """A matrix of some images and some captions is that part of the whole one."""
+    model = tiny_model(method).eval()
+    with torch.no_grad():
+        seen, said = encode(model, pair_inputs(method=method))
+        whole = model.similarity(seen, said)
+        part = model.similarity(seen[:images], said[6 - texts :])
+    assert part.shape == (images, texts)
+    torch.testing.assert_close(part, whole[:images, 6 - texts :], atol=1e-5, rtol=0)
+
+
+def test_the_score_of_a_pair_depends_on_nothing_else_that_is_scored(method):
+    """No candidate and no other query moves a score: each is scored alone, then beside others."""
+    model = tiny_model(method).eval()
+    others = pair_inputs(8, method=method, seed=5)
+    with torch.no_grad():
+        seen, said = encode(model, pair_inputs(method=method))
+        more_seen, more_said = encode(model, others)
+        whole = model.similarity(seen, said)
+        for i, j in ((0, 0), (1, 4), (5, 2)):
+            alone = model.similarity(seen[i : i + 1], said[j : j + 1])
+            torch.testing.assert_close(alone[0, 0], whole[i, j], atol=1e-5, rtol=0)
+        beside = model.similarity(Tokens.cat([seen, more_seen]), Tokens.cat([said, more_said]))
+    torch.testing.assert_close(beside[:6, :6], whole, atol=1e-5, rtol=0)
+
+
 def test_shard_size_changes_nothing(method):
     inputs = pair_inputs(method=method)
     whole = evaluated(method, inputs, shard_size=100)

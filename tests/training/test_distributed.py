@@ -69,6 +69,7 @@ CASES = [(name, {}) for name in method_names()] + [
     ("seps", {"dense_side": "none", "detach_patches": 1}),
     ("seps", {"loss": "infonce"}),
     ("seps", {"loss": "trip"}),
+    ("laps", {"global_weight": 0.5}),
 ]
 
 
