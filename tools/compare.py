@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,16 +26,15 @@ from lib.files import read_json, write_json, write_text_whole
 from lib.flags import IntegerList, Parser
 from lib.program import printable_streams
 from lib.retrieval import comparison
+from lib.retrieval.baselines import against_baselines, against_cells, tested_facts, told_lines
+from lib.retrieval.commands import Execute, executor, locked, runs_bar, signals_as_interrupt
 from lib.retrieval.comparison import FinishedRun, Row, last_line
 from lib.retrieval.evaluation import find_table
 from tools.compare_rows import pick_rows, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE, LOG = "compare.json", "output.log"
-TICK_SECONDS = 5.0  # how often the display and the seconds on disk are renewed
 OURS = ("--method", "--dataset", "--seed", "--logger_name", "--resume", "--overwrite")
-
-Execute = Callable[[list[str], Path, Callable[[], None]], int]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = parser().parse_args(argv)
-        with _signals_as_interrupt():
+        with signals_as_interrupt():
             comparing = Comparison(args, argv, execute, count_parameters or _count_parameters)
             return comparing.run()
     except InputError as error:
@@ -181,6 +178,7 @@ class Comparison:
         self.count_parameters = count_parameters
         self.machine = comparison.machine_name(_gpu_name(self.runs[0].settings["gpu_id"]))
         self.failures: dict[str, str] = {}
+        self.differences: list[str] = []
 
     def run(self) -> int:
         """Run what is not finished, rewriting the page after each; return the exit code, 0 or 1."""
@@ -189,16 +187,18 @@ class Comparison:
             comparison.require_matplotlib()
         except InputError as error:
             print(error, file=sys.stderr)
-        with _lock(self.out) as lock:
-            execute = self.execute or _executor(lock)
+        with locked(self.out) as lock:
+            execute = self.execute or executor(lock)
             waiting = [run for run in self.runs if self.finished(run) is None]
             self.write_page()
             done = len(self.runs) - len(waiting)
-            with _bar(total=len(self.runs), done=done) as bar:
+            with runs_bar(total=len(self.runs), done=done) as bar:
                 for number, run in enumerate(waiting):
                     self._run_one(run, len(waiting) - number, bar, execute)
         for name, reason in self.failures.items():
             print(f"{name} failed: {reason}", file=sys.stderr)
+        for line in self.differences:
+            print(line)
         print(f"written to {self.out / 'README.md'}")
         return 1 if self.failures else 0
 
@@ -264,6 +264,7 @@ class Comparison:
             parameters=state["parameters"],
             seconds=state["train_seconds"],
             machine=state["machine"],
+            folder=run.folder,
         )
 
     def write_page(self) -> None:
@@ -275,6 +276,8 @@ class Comparison:
         found = {run.name: self.finished(run) for run in same}
         runs = [one for one in found.values() if one is not None]
         groups = comparison.by_protocol(comparison.summarize(runs), self.kind.ranked_on)
+        against = against_baselines(groups, runs, self.kind.ranked_on)
+        self.differences = told_lines(against)
         title = f"{self.kind.title} on {self.dataset}"
         chart = self._chart(groups, title)
         open_runs = [
@@ -284,12 +287,13 @@ class Comparison:
         ]
         page = comparison.report_page(
             title,
-            self._facts(runs),
+            [*self._facts(runs), *tested_facts(against)],
             groups,
             open_runs,
             chart,
             self.kind.splits,
             self.kind.recalls,
+            against_cells(against),
         )
         write_text_whole(self.out / "README.md", page)
 
@@ -388,83 +392,6 @@ def _count_parameters(checkpoint: Path) -> int:
 def _gpu_name(number: int) -> str | None:
     known = torch.cuda.is_available() and number < torch.cuda.device_count()
     return torch.cuda.get_device_name(number) if known else None
-
-
-# --- processes ---------------------------------------------------------------------------------
-
-
-def _executor(lock: int) -> Execute:
-    """Return what runs a command into a log; the child holds the lock as well.
-
-    A session of its own keeps Ctrl-C from reaching the child twice; it gets one SIGTERM, upon which
-    train.py saves.
-    """
-
-    def execute(command: list[str], log: Path, tick: Callable[[], None]) -> int:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(f"$ {shlex.join(command)}\n")
-            file.flush()
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[lock],
-            )
-            try:
-                while True:
-                    try:
-                        return process.wait(TICK_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        tick()
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
-
-    return execute
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[int]:
-    """Hold OUT/.lock; raise InputError where another comparison, or a run it left, is at work."""
-    import fcntl  # POSIX only
-
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{out} is in use by another comparison or a run of it: wait for it to end, or "
-                "choose another --out"
-            ) from None
-        yield file.fileno()
-
-
-@contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP stop this program as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = {one: signal.signal(one, interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _bar(total: int, done: int) -> tqdm:
-    return tqdm(
-        total=total,
-        initial=done,
-        unit="run",
-        bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
-        ncols=80,
-    )
 
 
 if __name__ == "__main__":

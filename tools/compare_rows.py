@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 from lib.errors import InputError
@@ -24,6 +25,8 @@ STAGES = {
     ]
     for name in ("d2s", "d2s_released")
 }
+# What rows of a protocol are compared with, the best of them; seps_released among the oracles.
+BASELINES = set(method_names()) - {"seps"}
 # Rows beside each registered method with its defaults.
 VARIANTS = [
     Row("seps_no_dense", ("--method", "seps", "--dense_side", "none")),
@@ -31,7 +34,7 @@ VARIANTS = [
     Row("seps_oracle", ("--method", "seps", "--dense_side", "caption")),
 ]
 ABLATIONS = [
-    Row("default", ("--method", "seps")),
+    Row("default", ("--method", "seps"), baseline=True),
     Row("gumbel", ("--method", "seps", "--selection", "gumbel")),
     Row("text_scores_only", ("--method", "seps", "--attention_weight", "1.0")),
     Row("patch_score_only", ("--method", "seps", "--attention_weight", "0.0")),
@@ -50,7 +53,8 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     if args.ablations:
         return ABLATIONS
     rows = [STAGES.get(name, [Row(name, ("--method", name))]) for name in method_names()]
-    return [*chain.from_iterable(rows), *VARIANTS]
+    methods = (replace(row, baseline=row.name in BASELINES) for row in chain.from_iterable(rows))
+    return [*methods, *VARIANTS]
 
 
 def pick_rows(rows: Sequence[Row], names: str | None) -> list[Row]:

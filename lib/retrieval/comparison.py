@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.retrieval.protocol import PROTOCOLS
 
-PROTOCOLS = {  # SPEC 8, in the order they are shown
-    "none": "captions and pixels alone",
-    "image": "a query or gallery image carries its own dense text",
-    "oracle": "a caption query carries the dense text of its own answer",
-}
 COLOURS = {"none": "#4477aa", "image": "#228833", "oracle": "#cc6677"}
 RECALLS = tuple((way, f"r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10))
 HIGHEST_RSUM = 600
@@ -44,6 +40,7 @@ class Row:
 
     name: str
     flags: tuple[str, ...]
+    baseline: bool = False  # others of its protocol are compared with the best of these
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class FinishedRun:
     parameters: int
     seconds: float
     machine: str
+    folder: Path | None = None  # with results.json and the ranks of each query
 
     @property
     def protocol(self) -> str:
@@ -127,13 +125,21 @@ def by_protocol(summaries: Sequence[Summary], split: str = "test") -> dict[str, 
 
 
 def markdown_table(
-    summaries: Sequence[Summary], splits: Sequence[str] = ("test",), recalls: bool = True
+    summaries: Sequence[Summary],
+    splits: Sequence[str] = ("test",),
+    recalls: bool = True,
+    against: Mapping[str, str] | None = None,
 ) -> str:
-    """Return a markdown table, a line a row: test recalls where wanted, rSum of each split."""
+    """Return a markdown table, a line a row: test recalls where wanted, rSum of each split.
+
+    `against`: what each row's difference to the best baseline is, by row, where that is known.
+    """
     heads = ["row", "train.py flags"]
     if recalls:
         heads += [f"{way.upper()} R@{k[1:]}" for way, k in RECALLS]
     heads += ["rSum" if len(splits) == 1 else f"{split} rSum" for split in splits]
+    if against:
+        heads.append("rSum − best baseline")
     heads += ["parameters", "training, s", "seeds"]
     lines = [heads, ["---", "---"] + ["---:"] * (len(heads) - 2)]
     for one in summaries:
@@ -142,6 +148,8 @@ def markdown_table(
         if recalls:
             cells += [f"{one.recalls[recall]:.1f}" for recall in RECALLS]
         cells += [format_spread(*one.rsum[split]) for split in splits]
+        if against:
+            cells.append(against.get(one.row.name, "–"))
         cells += [f"{one.parameters:,}", f"{one.seconds:,.0f}", ", ".join(map(str, one.seeds))]
         lines.append(cells)
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
@@ -162,13 +170,16 @@ def report_page(
     chart: str | None = None,
     splits: Sequence[str] = ("test",),
     recalls: bool = True,
+    against: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
-    """Return the whole markdown page: facts, a table a protocol, what is not finished."""
+    """Return the whole markdown page: facts, a table a protocol, what is not finished.
+
+    `against`: by protocol and row, how the row differs from the protocol's best baseline.
+    """
     parts = [f"# {title}\n", "\n".join(f"- {fact}" for fact in facts) + "\n"]
-    parts += [
-        f"## Protocol `{name}`: {PROTOCOLS[name]}\n\n{markdown_table(group, splits, recalls)}"
-        for name, group in groups.items()
-    ]
+    for name, group in groups.items():
+        table = markdown_table(group, splits, recalls, (against or {}).get(name))
+        parts.append(f"## Protocol `{name}`: {PROTOCOLS[name]}\n\n{table}")
     if not groups:
         parts.append("No run is finished yet.\n")
     if chart:
