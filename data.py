@@ -1,4 +1,4 @@
-"""Arguments -> splits and loaders: what train.py, eval.py and the tools read their data with."""
+"""Arguments -> splits, tokenizer, loaders: how train.py, eval.py and the tools read their data."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lib.data.features import FeatureCache, Key, fill, wanted_views
 from lib.data.image_cache import ImageCache
 from lib.data.layout import dense_file, dense_way_out, describe_command
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
+from lib.data.model_tokenizer import ModelTokenizer
 from lib.data.scenes.facts import named_coverage, sibling_captions
 from lib.data.scenes.generate import generate_scenes
 from lib.data.shard_loader import ShardLoader, plan_share
@@ -39,7 +40,14 @@ from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import SplitLoaders
 from lib.retrieval.similarity import shard
 from lib.training.logs import RunLog
-from vocab import WordTokenizer
+from vocab import (
+    CaptionTokenizer,
+    WordTokenizer,
+    checkpoint_tokenizer,
+    learn_vocabulary,
+    learn_words,
+    load_tokenizer,
+)
 
 CUT_SAMPLE = 2000  # dense texts whose length is counted
 UNCUT = 1 << 20  # more word pieces than any text has
@@ -162,6 +170,49 @@ def _show(bar: tqdm, done: int, total: int) -> None:
 def open_image_cache(args: argparse.Namespace) -> ImageCache | None:
     """Return the cache of --image_cache, None without. Raises InputError for an unfit folder."""
     return ImageCache(args.image_cache) if args.image_cache else None
+
+
+def training_tokenizer(
+    args: argparse.Namespace,
+    training: Split,
+    validation: Split | None = None,
+    start: dict | None = None,
+) -> WordTokenizer | ModelTokenizer:
+    """Return the tokenizer of --bert_path; for tiny and a GRU, a vocabulary learnt from texts.
+
+    A GRU's words are those of the training captions and, as in SCAN, of dev's where dev chooses.
+    `start` is the checkpoint whose weights a run starts from: their words are taken with them.
+    """
+    if start is not None:
+        return checkpoint_tokenizer(start, args.bert_path)
+    gru = args.text_encoder == "gru"
+    if args.bert_path != "tiny" and not gru:
+        return load_tokenizer(args.bert_path)
+    saved = Path(args.logger_name) / "vocab.txt"
+    if args.resume and saved.exists():
+        return load_tokenizer("tiny", vocab_file=saved)
+    texts = [*training.captions, *(training.dense or [])]
+    if not gru:
+        return WordTokenizer(learn_vocabulary(texts))
+    dev = validation.captions if validation is not None and validation.name == "dev" else []
+    return CaptionTokenizer(learn_words([*texts, *dev]))
+
+
+def suit_tokenizer(
+    args: argparse.Namespace, tokenizer: WordTokenizer | ModelTokenizer, log: RunLog
+) -> None:
+    """Let the arguments agree with the tokenizer: its padding, and the longest text it makes."""
+    args.pad_id = tokenizer.pad_id
+    for flag in ("max_word", "max_dense_word"):
+        if tokenizer.longest is not None and (getattr(args, flag) or 0) > tokenizer.longest:
+            log.say(
+                f"--{flag} {getattr(args, flag)}: texts are cut at {tokenizer.longest} tokens, the "
+                f"longest that {args.bert_path} reads"
+            )
+            setattr(args, flag, tokenizer.longest)
+    whole = get_method(args.method).dense_words(args)  # where 0 stands for more than --max_word
+    if tokenizer.longest is not None and whole > tokenizer.longest:
+        args.max_dense_word = tokenizer.longest
 
 
 def training_loader(

@@ -84,7 +84,7 @@ def evaluate_checkpoint(
     else:
         scores = _scores(member, args, device)
         matrix, carried = scores.matrix, scores.carried
-        measured = _measured(member.gallery, matrix, args)
+        measured = _shared(lambda: _measured(member.gallery, matrix, args))
     facts = {
         **member.facts,
         "protocol": protocol_of(*carried, member.gallery.repeated_share()),
@@ -117,11 +117,12 @@ def evaluate_ensemble(
         matrices.append(scores.matrix)
         protocol = protocol_of(*scores.carried, member.gallery.repeated_share())
         members.append({**member.facts, "protocol": protocol})
-    matrix = added(matrices)
-    measured = _measured(member.gallery, matrix, args, label="_ensemble")
+    matrix = distributed.on_main(lambda: added(matrices))  # no other rank has them
+    measured = _shared(lambda: _measured(member.gallery, matrix, args, label="_ensemble"))
     facts = {**_shared_facts(member, args), **ensemble_facts(members)}
     measured = measured.with_facts({**facts, "seconds": round(time.perf_counter() - started, 2)})
-    uneven = uneven_spreads([str(one.parent) for one in checkpoints], matrices)
+    names = [str(one.parent) for one in checkpoints]
+    uneven = distributed.on_main(lambda: uneven_spreads(names, matrices))
     if uneven:
         measured.notes.append(uneven)
     if distributed.is_main():
@@ -190,6 +191,11 @@ def _scores(member: Member, args: argparse.Namespace, device: torch.device) -> S
     rows = RowStore(member.checkpoint.with_name(UNFINISHED), made_from, columns)
     autocast = autocast_for(args.amp, device)
     return score_split(member.model, member.loaders, device, autocast, store=rows)
+
+
+def _shared(work: Callable[[], outcome.Outcome]) -> outcome.Outcome:
+    """Return on every rank what rank 0, which alone has the matrix, makes of it."""
+    return distributed.broadcast_value(distributed.on_main(work))
 
 
 def _measured(

@@ -26,7 +26,9 @@ from data import (
     open_features,
     open_image_cache,
     prepare_scenes,
+    suit_tokenizer,
     training_loader,
+    training_tokenizer,
     validation_loaders,
 )
 from lib import distributed
@@ -42,7 +44,6 @@ from lib.checkpoints.payloads import read_payload
 from lib.data.features import FeatureCache
 from lib.data.fingerprint import fingerprint_differences, split_fingerprint
 from lib.data.image_cache import ImageCache
-from lib.data.model_tokenizer import ModelTokenizer
 from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
 from lib.methods.base import Method
@@ -58,14 +59,7 @@ from lib.training.optim import build_optimizer, schedule
 from lib.training.saving import CheckpointWriter
 from lib.training.setup import compile_backbones, recompute_backbones, set_seed
 from scoring import evaluate_best
-from vocab import (
-    CaptionTokenizer,
-    WordTokenizer,
-    checkpoint_tokenizer,
-    learn_vocabulary,
-    learn_words,
-    load_tokenizer,
-)
+from vocab import WordTokenizer
 
 
 @program
@@ -142,49 +136,6 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     return finished
 
 
-def training_tokenizer(
-    args: argparse.Namespace,
-    training: Split,
-    validation: Split | None = None,
-    start: dict | None = None,
-) -> WordTokenizer | ModelTokenizer:
-    """Return the tokenizer of --bert_path; for tiny and a GRU, a vocabulary learnt from texts.
-
-    A GRU's words are those of the training captions and, as in SCAN, of dev's where dev chooses.
-    `start` is the checkpoint whose weights a run starts from: their words are taken with them.
-    """
-    if start is not None:
-        return checkpoint_tokenizer(start, args.bert_path)
-    gru = args.text_encoder == "gru"
-    if args.bert_path != "tiny" and not gru:
-        return load_tokenizer(args.bert_path)
-    saved = Path(args.logger_name) / "vocab.txt"
-    if args.resume and saved.exists():
-        return load_tokenizer("tiny", vocab_file=saved)
-    texts = [*training.captions, *(training.dense or [])]
-    if not gru:
-        return WordTokenizer(learn_vocabulary(texts))
-    dev = validation.captions if validation is not None and validation.name == "dev" else []
-    return CaptionTokenizer(learn_words([*texts, *dev]))
-
-
-def suit_tokenizer(
-    args: argparse.Namespace, tokenizer: WordTokenizer | ModelTokenizer, log: RunLog
-) -> None:
-    """Let the arguments agree with the tokenizer: its padding, and the longest text it makes."""
-    args.pad_id = tokenizer.pad_id
-    for flag in ("max_word", "max_dense_word"):
-        if tokenizer.longest is not None and (getattr(args, flag) or 0) > tokenizer.longest:
-            log.say(
-                f"--{flag} {getattr(args, flag)}: texts are cut at {tokenizer.longest} tokens, the "
-                f"longest that {args.bert_path} reads"
-            )
-            setattr(args, flag, tokenizer.longest)
-    whole = get_method(args.method).dense_words(args)  # where 0 stands for more than --max_word
-    if tokenizer.longest is not None and whole > tokenizer.longest:
-        args.max_dense_word = tokenizer.longest
-
-
 def _first_weights(args: argparse.Namespace) -> dict | None:
     """Return the checkpoint that a new run starts from, None where it starts otherwise."""
     path = get_method(args.method).starts_from(args)
@@ -232,7 +183,9 @@ def build_trainer(
     if fault is not None:
         log.say(f"warning: --compile 1: this machine can't compile ({fault}); going on without")
     steps = -(-len(batches) // args.grad_accum)  # of an epoch: its rest is a step too
-    drawn = model.uses_pixels and not args.precomp  # regions are no picture
+    with distributed.together():
+        drawn = model.uses_pixels and not args.precomp  # regions are no picture
+        picture = first_pairs_strip(pictured, validation.captions, device) if drawn else None
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -240,9 +193,7 @@ def build_trainer(
             args.lr_policy,
             steps,
             args.num_epochs,
-            args.lr_schedules,
-            args.decay_rate,
-            args.lr_warmup_steps,
+            *(args.lr_schedules, args.decay_rate, args.lr_warmup_steps),
         ),
         train_batches=batches.batches,
         batches_per_epoch=len(batches),
@@ -253,7 +204,7 @@ def build_trainer(
         device=device,
         log=log,
         writer=CheckpointWriter(args.logger_name),
-        picture=first_pairs_strip(pictured, validation.captions, device) if drawn else None,
+        picture=picture,
     )
 
 

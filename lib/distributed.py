@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lib.batch import Tokens
-from lib.errors import InputError, WorkerError
+from lib.errors import InputError, NonFiniteError, WorkerError
 from lib.rendezvous import environment_integer, find_place, meet, peers_told
 
 PATIENCE_SECONDS = 600.0  # how long processes wait for each other
+ROWS_AT_ONCE = 256  # of a matrix that is gathered
 Value = TypeVar("Value")
 
 
@@ -167,6 +168,61 @@ def gather_tokens(tokens: Tokens) -> Tokens:
     )
 
 
+def broadcast_tokens(tokens: Tokens | None, source: int, device: torch.device) -> Tokens:
+    """Return the tokens that rank `source` passes, on every rank; the others pass None."""
+    shapes = None if tokens is None else _shapes(tokens.tensors())
+    rows = tokens.tensors() if tokens is not None else None
+    shapes = broadcast_value(shapes, source)
+    return _filled_tokens(rows or _empty(shapes, device), source)
+
+
+def _shapes(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _shapes(one) if isinstance(one, dict) else (tuple(one.shape), one.dtype)
+        for name, one in tensors.items()
+    }
+
+
+def _empty(shapes: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: _empty(one, device)
+        if isinstance(one, dict)
+        else torch.empty(one[0], dtype=one[1], device=device)
+        for name, one in shapes.items()
+    }
+
+
+def _filled_tokens(tensors: dict[str, Any], source: int) -> Tokens:
+    filled = {}
+    for name, one in tensors.items():
+        if isinstance(one, dict):
+            filled[name] = _filled_tokens(one, source)
+            continue
+        one = one.contiguous()
+        dist.broadcast(one.view(torch.uint8) if one.dtype == torch.bool else one, source)
+        filled[name] = one
+    return Tokens(**filled)
+
+
+def rows_on_main(rows: Tensor, device: torch.device) -> Tensor | None:
+    """Return the rows (R, N) of all ranks on the CPU of rank 0, None elsewhere.
+
+    They travel over `device`, some at a time: the whole need not fit on it.
+    """
+    if world_size() == 1:
+        return rows
+    sizes = gather_sizes(rows.shape[0], device)
+    parts: list[list[Tensor]] = [[] for _ in sizes]
+    for first in range(0, max(sizes), ROWS_AT_ONCE):
+        block = rows[first : first + ROWS_AT_ONCE].to(device)
+        block = pad(block, (0, 0, 0, ROWS_AT_ONCE - len(block)))
+        found = [torch.empty_like(block) for _ in sizes] if is_main() else None
+        dist.gather(block, found)
+        for part, size, one in zip(parts, sizes, found or [], strict=False):
+            part.append(one[: max(0, size - first)].cpu())
+    return torch.cat([one for part in parts for one in part]) if is_main() else None
+
+
 def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
     """Return each count added up over the ranks."""
     if world_size() == 1:
@@ -218,7 +274,7 @@ def together() -> Iterator[None]:
 
 
 def on_main(work: Callable[[], Value]) -> Value | None:
-    """Do `work` on rank 0, which gets its value, others None; all raise its OSError or InputError.
+    """Do `work` on rank 0, which gets its value, others None; all raise its foreseen errors.
 
     Every rank waits until it is done.
     """
@@ -226,18 +282,18 @@ def on_main(work: Callable[[], Value]) -> Value | None:
     if is_main():
         try:
             value = work()
-        except (OSError, InputError) as caught:
+        except (OSError, InputError, NonFiniteError) as caught:
             error = caught
     agree(error)
     return value
 
 
-def broadcast_value(value: Any) -> Any:
-    """Return rank 0's plain value on every rank."""
+def broadcast_value(value: Any, source: int = 0) -> Any:
+    """Return the plain value of rank `source` on every rank."""
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=source)
     return values[0]
 
 

@@ -240,8 +240,8 @@ def peers_told() -> Iterator[None]:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Return True for what torch.distributed raises where another process is gone."""
-    if isinstance(error, dist.DistError):
-        return True
+    if isinstance(error, (dist.DistError, PeerError)):
+        return isinstance(error, dist.DistError)
     text = str(error)
     signs = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -216,8 +216,15 @@ def train_loader(
 
     `siblings` and `sibling_share` as in `PairSampler`.
 
-    Raises InputError where the data set does not fill one batch.
+    Raises InputError where the data set does not fill one batch, or there can be no negatives.
     """
+    if batch_size * world < 2:
+        raise InputError(f"--batch_size {batch_size}: a single pair has no negatives; make it larger")
+    if len(np.unique(dataset.caption_image)) < 2:
+        raise InputError(
+            "all captions of the training split belong to one image alone, so there are no "
+            "negatives to learn from; add images"
+        )
     sampler = PairSampler(
         len(dataset), batch_size, dataset.seed, rank, world, siblings, sibling_share
     )

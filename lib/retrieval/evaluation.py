@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lib.batch import Batch
-from lib.distributed import gather_values
+from lib.distributed import broadcast_value, gather_values, on_main, together
 from lib.errors import NonFiniteError
 from lib.methods.base import Method
 from lib.retrieval.bootstrap import rank_intervals
@@ -20,7 +20,7 @@ from lib.retrieval.metrics import RECALL_AT, QueryRanks, query_ranks
 from lib.retrieval.progress import progress_bar
 from lib.retrieval.protocol import protocol_of
 from lib.retrieval.shards import RowStore
-from lib.retrieval.similarity import encode_batches, encoded, gather_texts, similarity_matrix
+from lib.retrieval.similarity import encode_batches, encoded, gathered_texts, similarity_matrix
 
 COCO_FOLDS = 5
 PUBLISHED_NAMES = {("f30k", 1000): "f30k_1k", ("coco", 5000): "coco_5k"}
@@ -60,7 +60,7 @@ class Carried:
 class SplitScores:
     """The similarity of a whole split, and what its batches carried."""
 
-    matrix: np.ndarray  # (N_images, N_captions) float32
+    matrix: np.ndarray | None  # (N_images, N_captions) float32 on rank 0, None elsewhere
     carried: tuple[bool, bool]  # a dense text beside images; beside captions, of their answer
 
 
@@ -70,8 +70,8 @@ def split_similarity(
     device: torch.device,
     autocast: Callable,
     show_progress: bool = True,
-) -> np.ndarray:
-    """Return the split's whole similarity matrix, (N_images, N_captions) float32."""
+) -> np.ndarray | None:
+    """Return the split's whole similarity matrix, (N_images, N_captions), on rank 0 alone."""
     return score_split(model, loaders, device, autocast, show_progress).matrix
 
 
@@ -94,7 +94,7 @@ def score_split(
     done = store.finished() if store is not None else []
     finished = sum(map(len, done))
     captions = len(loaders.caption_images)
-    with progress_bar("captions", captions, shown=show_progress) as bar:
+    with progress_bar("captions", captions, shown=show_progress) as bar, together():
         texts = encode_batches(
             model.encode_text_batch,
             carried.watch("captions", loaders.captions),
@@ -102,13 +102,15 @@ def score_split(
             autocast,
             bar.update,
         )
-    texts = gather_texts(texts)
+    everyones = gathered_texts(texts, device)
     batches = loaders.images.after(finished) if finished else loaders.images
     images = encoded(model.encode_image_batch, carried.watch("images", batches), device, autocast)
     pairs = loaders.num_images * captions
     with progress_bar("pairs", pairs, finished * captions, show_progress) as bar:
         keep = None if store is None else store.add
-        matrix = similarity_matrix(model, images, texts, autocast, bar.update, done, keep)
+        matrix = similarity_matrix(
+            model, images, everyones, autocast, bar.update, device, done, keep
+        )
     model.train(training)
     return SplitScores(matrix, carried.anywhere())
 
@@ -185,7 +187,9 @@ def evaluate_split(
     """Return recalls and the protocol of one split, without intervals: what validation needs."""
     started = time.perf_counter()
     scores = score_split(model, loaders, device, autocast, show_progress)
-    results = split_results(scores.matrix, loaders.caption_images, intervals=False)
+    results = broadcast_value(
+        on_main(lambda: split_results(scores.matrix, loaders.caption_images, intervals=False))
+    )
     return {
         **results,
         "protocol": protocol_of(*scores.carried),

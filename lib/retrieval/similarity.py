@@ -8,7 +8,14 @@ import numpy as np
 import torch
 
 from lib.batch import Batch, Tokens
-from lib.distributed import gather_rows, gather_tokens, rank, world_size
+from lib.distributed import (
+    broadcast_tokens,
+    gather_values,
+    rank,
+    rows_on_main,
+    together,
+    world_size,
+)
 from lib.methods.base import Method
 
 TEXTS_AT_ONCE = 1024  # captions scored per call: bounds padding, and what lies on the device
@@ -52,15 +59,20 @@ def encoded(
         yield tokens
 
 
-def gather_texts(parts: list[Tokens]) -> list[Tokens]:
-    """Return every rank's captions, in rank order, on every rank."""
+@torch.inference_mode()
+def gathered_texts(parts: list[Tokens], device: torch.device) -> Iterator[Tokens]:
+    """Yield every rank's captions in groups, in rank order, on every rank; a rank may have none.
+
+    A group is padded to its own longest caption, and the ranks hold one of the others' at a time.
+    """
+    mine = regroup(parts, TEXTS_AT_ONCE)
     if world_size() == 1:
-        return parts
-    everything = gather_tokens(Tokens.cat(parts))
-    return [
-        everything[first : first + TEXTS_AT_ONCE]
-        for first in range(0, len(everything), TEXTS_AT_ONCE)
-    ]
+        yield from mine
+        return
+    for source, count in enumerate(gather_values(len(mine))):
+        for index in range(count):
+            group = mine[index] if source == rank() else None
+            yield broadcast_tokens(group, source, device)
 
 
 def regroup(parts: list[Tokens], size: int) -> list[Tokens]:
@@ -83,34 +95,36 @@ def _joined(parts: list[Tokens]) -> Tokens:
 def similarity_matrix(
     model: Method,
     images: Iterable[Tokens],
-    texts: list[Tokens],
+    texts: Iterable[Tokens],
     autocast: Callable,
     progress: Progress = lambda count: None,
+    device: torch.device | str = "cpu",
     done: Sequence[np.ndarray] = (),
     keep: Callable[[int, np.ndarray], None] | None = None,
-) -> np.ndarray:
+) -> np.ndarray | None:
     """Return the similarity of all ranks' images with all captions, (N_images, N_captions) float32.
 
-    `images` are this rank's, in parts that are taken one by one; `texts` are all captions. `done`
-    are this rank's rows before those, already scored; `keep` is called with each new block of rows
-    and its first row. Every rank returns the whole matrix.
+    `images` are this rank's, in parts that are taken one by one; `texts` are all captions, in
+    groups. `done` are this rank's rows before those, already scored; `keep` is called with each new
+    block of rows and its first row. Rank 0 returns the whole matrix, others None; what goes wrong
+    on one rank is raised on all.
     """
     with autocast():
-        groups = [model.bucketed(group) for group in regroup(texts, TEXTS_AT_ONCE)]
+        groups = [model.bucketed(group) for group in texts]
     rows = list(done)
     count = sum(map(len, rows))
-    for part in images:
-        with autocast():
-            prepared = model.prepare_images(part)  # once an image
-            maps = (model.prepared_maps(prepared, group) for group in groups)
-            columns = [one["similarity"].float().cpu() for one in maps]
-        rows.append(torch.cat(columns, dim=1).numpy())
-        if keep is not None:
-            keep(count, rows[-1])
-        count += len(rows[-1])
-        progress(rows[-1].size)
-    if world_size() == 1:
-        return np.concatenate(rows)
-    width = sum(map(len, texts))
+    with together():
+        for part in images:
+            with autocast():
+                prepared = model.prepare_images(part)  # once an image
+                maps = (model.prepared_maps(prepared, group) for group in groups)
+                columns = [one["similarity"].float().cpu() for one in maps]
+            rows.append(torch.cat(columns, dim=1).numpy())
+            if keep is not None:
+                keep(count, rows[-1])
+            count += len(rows[-1])
+            progress(rows[-1].size)
+    width = sum(map(len, groups))
     mine = np.concatenate(rows) if rows else np.empty((0, width), np.float32)
-    return gather_rows(torch.from_numpy(mine).to(texts[0].device)).cpu().numpy()
+    whole = rows_on_main(torch.from_numpy(mine), device)
+    return None if whole is None else whole.numpy()

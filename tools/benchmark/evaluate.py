@@ -21,7 +21,7 @@ from lib.batch import Batch, Tokens
 from lib.methods.base import Method
 from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import SplitLoaders, split_similarity
-from lib.retrieval.similarity import TEXTS_AT_ONCE, similarity_matrix
+from lib.retrieval.similarity import TEXTS_AT_ONCE, regroup, similarity_matrix
 from tools.benchmark.cases import (
     CAPTIONS_PER_IMAGE,
     Case,
@@ -237,7 +237,8 @@ def score_all(case: Case) -> Callable[[], np.ndarray]:
             tokens = piece.image_tokens() if images else read_texts(model, piece.text_tokens())
             batches[side].append(tokens)
     autocast = autocast_for(case.amp, torch.device(case.device))
-    return lambda: similarity_matrix(model, batches["images"], batches["captions"], autocast)
+    texts = regroup(batches["captions"], TEXTS_AT_ONCE)
+    return lambda: similarity_matrix(model, batches["images"], texts, autocast)
 
 
 def score_block(case: Case, captions: int) -> Callable[[], torch.Tensor]:
