@@ -29,7 +29,7 @@ DATASET_DEFAULTS = {
         "embed_size": 64,
         "sim_dim": 64,
         "batch_size": 64,
-        "num_epochs": 5,
+        "num_epochs": 2,
         "learning_rate": 2e-3,
         "backbone_lr_ratio": 1.0,
         "lr_policy": "cosine",

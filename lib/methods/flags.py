@@ -12,7 +12,40 @@ SLIMMING_FLAGS = ("sparse_ratio", "aggr_ratio", "ratio_weight", "detach_patches"
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model flags that several methods read."""
-    group = parser.add_argument_group("model")
+    _add_encoders(parser.add_argument_group("model"))
+    _add_sizes(parser.add_argument_group("sizes"))
+    _add_slimming(parser.add_argument_group("patch slimming (seps, laps and their kin)"))
+    dense = parser.add_argument_group("dense text (seps, dense_text)")
+    dense.add_argument(
+        "--dense_match",
+        default="none",
+        choices=["max_mean", "mean", "none"],
+        help="match captions with the images' dense texts and add that to the similarity: best "
+        "words both ways; cosine of mean embeddings; not at all. dense_text, which is this match "
+        "alone, takes none for max_mean",
+    )
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss",
+        default="vse",
+        choices=["vse", "trip", "infonce"],
+        help="vse: hinge triplet; trip: distance-weighted sampling, scores stretched to [-1, 1] "
+        "for it; infonce: symmetric InfoNCE",
+    )
+    loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")
+    loss.add_argument(
+        "--global_weight",
+        type=float,
+        default=0.0,
+        help="weight of a loss on the cosine of mean embeddings, trained beside the method: what "
+        "eval.py --rerank makes its shortlists by; 0: none",
+    )
+    loss.add_argument(
+        "--global_loss", default="vse", choices=["vse", "infonce"], help="which loss that is"
+    )
+
+
+def _add_encoders(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--embed_size", type=int, default=512, help="width C of the joint space")
     group.add_argument(
         "--vit_type",
@@ -44,6 +77,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--region_dim", type=int, default=2048, help="channels of a precomputed region"
     )
+
+
+def _add_sizes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max_word", type=int, default=90, help="longest caption in word pieces; the rest is cut"
     )
@@ -66,51 +102,22 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--gradient_checkpointing", type=int, default=0, help="backbones recompute")
 
-    slimming = parser.add_argument_group("patch slimming (seps, laps and their kin)")
-    slimming.add_argument("--sparse_ratio", type=float, default=0.5, help="share of patches kept")
-    slimming.add_argument(
+
+def _add_slimming(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--sparse_ratio", type=float, default=0.5, help="share of patches kept")
+    group.add_argument(
         "--aggr_ratio", type=float, default=0.4, help="aggregated patches per kept patch"
     )
-    slimming.add_argument(
+    group.add_argument(
         "--attention_weight", type=float, default=0.8, help="attention's share of a patch's score"
     )
-    slimming.add_argument("--ratio_weight", type=float, default=2.0, help="weight of ratio loss")
-    slimming.add_argument(
+    group.add_argument("--ratio_weight", type=float, default=2.0, help="weight of ratio loss")
+    group.add_argument(
         "--detach_patches",
         type=int,
         default=None,
         help="1: patches are taken without gradient, as the released SEPS code does (its preset's "
         "default); 0: with gradient (the default elsewhere)",
-    )
-
-    dense = parser.add_argument_group("dense text (seps, dense_text)")
-    dense.add_argument(
-        "--dense_match",
-        default="none",
-        choices=["max_mean", "mean", "none"],
-        help="match captions with the images' dense texts and add that to the similarity: best "
-        "words both ways; cosine of mean embeddings; not at all. dense_text, which is this match "
-        "alone, takes none for max_mean",
-    )
-
-    loss = parser.add_argument_group("loss")
-    loss.add_argument(
-        "--loss",
-        default="vse",
-        choices=["vse", "trip", "infonce"],
-        help="vse: hinge triplet; trip: distance-weighted sampling, scores stretched to [-1, 1] "
-        "for it; infonce: symmetric InfoNCE",
-    )
-    loss.add_argument("--margin", type=float, default=0.2, help="margin of the triplet losses")
-    loss.add_argument(
-        "--global_weight",
-        type=float,
-        default=0.0,
-        help="weight of a loss on the cosine of mean embeddings, trained beside the method: what "
-        "eval.py --rerank makes its shortlists by; 0: none",
-    )
-    loss.add_argument(
-        "--global_loss", default="vse", choices=["vse", "infonce"], help="which loss that is"
     )
 
 

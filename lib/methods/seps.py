@@ -210,9 +210,8 @@ class SEPS(Method):
         if self.dense_match is not None:
             return None  # its learnt weight has no bound
         words, tokens = self.word_relevance.range, self.token_relevance.range
-        if words is None or tokens is None:
-            return None
-        return -0.2 + words[0] + tokens[0], 2 + words[1] + tokens[1]
+        known = words is not None and tokens is not None
+        return (-0.2 + words[0] + tokens[0], 2 + words[1] + tokens[1]) if known else None
 
     @property
     def scores_repeat(self) -> bool:
@@ -394,8 +393,8 @@ class SEPS(Method):
             "loss": alignment + self.ratio_weight * ratio,
             "alignment": alignment.detach(),
             "ratio": ratio.detach(),
-            "kept_sparse": maps["kept_sparse"].detach().mean(),
         }
-        if "kept_dense" in maps:
-            losses["kept_dense"] = maps["kept_dense"].detach().mean()
-        return losses
+        kept = {
+            key: maps[key].detach().mean() for key in ("kept_sparse", "kept_dense") if key in maps
+        }
+        return {**losses, **kept}
