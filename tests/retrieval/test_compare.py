@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 
 from arguments import parse_train
@@ -16,8 +15,6 @@ from lib.checkpoints.checkpoint import plain_arguments
 from lib.errors import InputError
 from lib.methods.registry import get_method, method_names
 from lib.retrieval import commands
-from lib.retrieval.baselines import against_baselines, told_lines
-from lib.retrieval.bootstrap import holm, paired_differences
 from lib.retrieval.comparison import (
     FinishedRun,
     Row,
@@ -30,8 +27,7 @@ from lib.retrieval.comparison import (
     report_page,
     summarize,
 )
-from lib.retrieval.metrics import QueryRanks
-from lib.retrieval.result_files import ranks_file, write_ranks, write_results
+from lib.retrieval.result_files import write_results
 from tools import compare
 from tools.compare_rows import ABLATIONS, rows_of
 
@@ -112,66 +108,6 @@ def test_ablations_are_ranked_on_dev():
     assert "| dev rSum | test rSum |" in lines[0]
     assert "| 400.0 | 300.0 |" in lines[2]
     assert "R@1" not in lines[0]
-
-
-# --- against the best baseline -------------------------------------------------------------------
-
-
-def ranked_run(folder: Path, row: Row, seed: int, chance: float, protocol: str = "none"):
-    """A finished run in which each query is found with the same chance, its ranks on disk."""
-    rng = np.random.default_rng([seed, *row.name.encode()])
-    owners = np.repeat(np.arange(200), 5)
-    i2t, t2i = (np.where(rng.random(count) < chance, 1, 20) for count in (200, 1000))
-    ranks = QueryRanks(i2t, t2i, owners)
-    home = folder / row.name / f"seed{seed}"
-    home.mkdir(parents=True)
-    write_ranks(home / ranks_file("scenes"), ranks)
-    entry = {**ranks.metrics(), "protocol": protocol, "val_split": "dev"}
-    entry["ranks"] = ranks_file("scenes")
-    return FinishedRun(row, seed, {"test": entry}, 1, 1.0, "a CPU", home), ranks
-
-
-def test_rows_against_the_best_baseline_with_holm(tmp_path):
-    chances = {"laps": 0.5, "vse": 0.4, "seps": 0.7, "near": 0.505}
-    rows = {name: Row(name, (), baseline=name in ("laps", "vse")) for name in chances}
-    made = {
-        name: [ranked_run(tmp_path, row, seed, chances[name]) for seed in range(2)]
-        for name, row in rows.items()
-    }
-    oracle = Row("seps_oracle", ())
-    runs = [run for group in made.values() for run, _ in group]
-    runs.append(ranked_run(tmp_path, oracle, 0, 0.9, "oracle")[0])
-    groups = by_protocol(summarize(runs))
-    found = {one.row: one for one in against_baselines(groups, runs, "test")}
-    assert set(found) == {"vse", "seps", "near"}  # the oracle's protocol has no baseline
-    assert {one.baseline for one in found.values()} == {"laps"}
-    sides = {name: [ranks for _, ranks in group] for name, group in made.items()}
-    plain = {
-        name: paired_differences(sides[name], sides["laps"], repeats=2000)["rsum"] for name in found
-    }
-    corrected = dict(zip(plain, holm([one.p for one in plain.values()]), strict=True))
-    for name, one in found.items():
-        assert one.rsum == plain[name]
-        assert one.p == pytest.approx(corrected[name])
-    assert found["seps"].rsum.low > 0
-    assert found["seps"].p > plain["seps"].p
-    lines = told_lines(list(found.values()))
-    assert any(line.startswith("seps - laps (none): rSum +") for line in lines)
-
-
-def test_rows_without_ranks_are_not_compared(tmp_path):
-    runs = [finished("laps", 0, 300.0), finished("seps", 0, 310.0)]
-    assert against_baselines(by_protocol(summarize(runs)), runs, "test") == []
-
-
-def test_the_page_shows_the_differences():
-    group = summarize([finished("seps", 0, 310.0), finished("laps", 0, 300.0)])
-    cells = {"none": {"seps": "+10.0 (+1.0 to +19.0), p = 0.040", "laps": "baseline"}}
-    page = report_page("title", [], {"none": group}, [], against=cells)
-    assert "| rSum − best baseline |" in page
-    assert "| 310.0 | +10.0 (+1.0 to +19.0), p = 0.040 |" in page
-    assert "| 300.0 | baseline |" in page
-    assert "best baseline" not in report_page("title", [], {"none": group}, [])
 
 
 def test_the_chart_is_a_picture(tmp_path):
@@ -432,34 +368,6 @@ def test_two_comparisons_in_one_folder_are_refused(call, tmp_path, capsys):
     with commands.locked(tmp_path / "out"):
         assert call("--rows", "laps", "--seeds", "0") == 2
     assert "is in use by another comparison" in capsys.readouterr().err
-
-
-def test_a_command_runs_into_its_log(tmp_path):
-    log = tmp_path / "output.log"
-    with commands.locked(tmp_path) as lock:
-        code = commands.executor(lock)(
-            [sys.executable, "-c", "print('said'); raise SystemExit(7)"], log, lambda: None
-        )
-    assert code == 7
-    assert last_line(log) == "said"
-
-
-def test_an_interrupt_lets_the_child_save_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "TICK_SECONDS", 0.05)
-    log = tmp_path / "output.log"
-    child = (
-        "import signal, sys, time\n"
-        "def save(*_): print('saved'); sys.exit(130)\n"
-        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
-    )
-
-    def tick() -> None:
-        if last_line(log) == "ready":
-            raise KeyboardInterrupt
-
-    with commands.locked(tmp_path) as lock, pytest.raises(KeyboardInterrupt):
-        commands.executor(lock)([sys.executable, "-c", child], log, tick)
-    assert last_line(log) == "saved"
 
 
 @pytest.mark.slow
