@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
@@ -132,13 +134,14 @@ def _pretrained(
     kind: type[PreTrainedModel], source: str, config: PretrainedConfig, flag: str, options: dict
 ) -> PreTrainedModel:
     try:
-        model, report = kind.from_pretrained(
-            source,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **options,
-        )
+        with _report_silenced():
+            model, report = kind.from_pretrained(
+                source,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+            )
     except Exception as error:  # a damaged file, a pickle that is refused, weights of another
         raise InputError(
             f"{flag} {source}: no weights could be loaded ({unreachable(error)})"
@@ -151,6 +154,20 @@ def _pretrained(
             f"{len(missing) + len(mismatched)} weights, the first {(*missing, *mismatched)[0]}"
         )
     return model
+
+
+@contextmanager
+def _report_silenced() -> Iterator[None]:
+    """Keep transformers from printing its table of loaded weights: what is wrong is told here.
+
+    A checkpoint of pretraining always has heads that the backbone does not take.
+    """
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _model_class(config: PretrainedConfig, source, flag: str) -> type[PreTrainedModel]:
