@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from lib.config_file import with_config
 from lib.data.layout import image_folder
 from lib.errors import InputError, InputWarning
 from lib.files import load_object
-from lib.flags import IntegerList, Parser, check_kinds, given_flags
+from lib.flags import IntegerList, Parser, Ratios, check_kinds, given_flags
 from lib.methods import registry
 from lib.model.selection import CONTROLS
 from lib.ranges import check_ranges
 from lib.retrieval.flags import add_result_flags, add_way_flags, check_evaluation
+from lib.training.trackers import tracker_names
 
 # What a data set changes in the defaults, for any other nothing; a flag given always wins.
 DATASET_DEFAULTS = {
@@ -147,6 +150,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="steps between log entries; 0: a run has about 100, or one in 200 steps",
     )
+    group.add_argument(
+        "--report_to",
+        default="tensorboard",
+        metavar="NAMES",
+        help="where curves go: tensorboard, wandb, trackio, several with commas, or none",
+    )
     group.add_argument("--val_step", type=int, default=500, help="steps between validations")
     group.add_argument("--save_step", type=int, default=1000, help="steps between checkpoints")
 
@@ -198,7 +207,11 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=float, default=2e-4, help="AdamW's")
     group.add_argument(
-        "--backbone_lr_ratio", type=float, default=0.1, help="the backbones' rate to that"
+        "--backbone_lr_ratio",
+        action=Ratios,
+        default=0.1,
+        metavar="R",
+        help="the backbones' rate to that; two numbers: the image's,the text's",
     )
     group.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's")
     group.add_argument("--beta2", type=float, default=0.999, help="AdamW's second beta")
@@ -270,6 +283,12 @@ def _add_method(parser: argparse.ArgumentParser, default: str) -> None:
 def train_parser() -> Parser:
     """Return the parser of train.py."""
     parser = Parser("train.py", description="Train an image-text retrieval model.", raises=True)
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="YAML file of flags, as those in recipes/; flags given besides win",
+    )
     _add_method(parser, "seps")
     for add in (
         _add_data,
@@ -336,6 +355,7 @@ def parse_train(
     are out of range.
     """
     parser = train_parser()
+    argv = with_config(parser, sys.argv[1:] if argv is None else argv)
     first, _ = parser.parse_known_args(argv)
     if saved_arguments is None:
         own = registry.get_method(first.method or "seps").defaults(first)
@@ -354,7 +374,8 @@ def parse_train(
 
 
 def warn_of_unread_flags(argv: Sequence[str] | None, method: str) -> None:
-    """Warn of flags on train.py's command line that only other methods read."""
+    """Warn of flags on train.py's command line, or in its --config, that only others read."""
+    argv = with_config(train_parser(), sys.argv[1:] if argv is None else argv)
     given = given_flags(train_parser(), argv)
     unread = registry.flags_unread(method)
     flags = [f"--{flag}" for flag in given if flag in unread]
@@ -368,6 +389,7 @@ def given_folder(argv: Sequence[str] | None = None) -> str | None:
     """Return train.py's --logger_name where the command line has one, None where it does not."""
     parser = train_parser()
     parser.set_defaults(logger_name=None)
+    argv = with_config(parser, sys.argv[1:] if argv is None else argv)
     return parser.parse_known_args(argv)[0].logger_name
 
 
@@ -422,4 +444,5 @@ def check_train(args: argparse.Namespace) -> None:
     check_ranges(vars(args))
     if len(args.scenes_size) != 3:
         raise InputError("--scenes_size: give three numbers, train, dev and test")
+    tracker_names(args.report_to)
     registry.check_arguments(args)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from arguments import image_path
 from lib import distributed
+from lib.batch import image_size
 from lib.data.features import FeatureCache, Key, fill, wanted_views
 from lib.data.image_cache import ImageCache
 from lib.data.layout import dense_file, dense_way_out, describe_command
@@ -66,7 +67,7 @@ def _draw_scenes(args: argparse.Namespace) -> None:
             generate_scenes(
                 Path(args.data_path) / "scenes",
                 sizes=tuple(args.scenes_size),
-                image_size=max(64, min(224, args.img_res)),
+                image_size=max(64, min(224, *image_size(args.img_res))),
                 progress=lambda done, total: _show(bar, done, total),
             )
     except ValueError as error:
@@ -342,7 +343,8 @@ def open_features(
         return None
     check_feature_cache(args, get_method(args.method), training=False)
     layout = encoder.layout
-    key = f"{encoder.digest()}-{args.img_res}-{args.amp}".replace(" ", "")
+    sides = "x".join(map(str, dict.fromkeys(encoder.img_res)))
+    key = f"{encoder.digest()}-{sides}-{args.amp}"
     cache = FeatureCache(
         args.feature_cache, key, layout.num_tokens, layout.width, getattr(args, "feature_views", 0)
     )

@@ -58,6 +58,7 @@ from lib.training.logs import RunLog
 from lib.training.optim import build_optimizer, schedule
 from lib.training.saving import CheckpointWriter
 from lib.training.setup import compile_backbones, recompute_backbones, set_seed
+from lib.training.trackers import tracker_names
 from scoring import evaluate_best
 from vocab import WordTokenizer
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> bool:
     device = distributed.start_processes(**process_settings(args))
     with claimed(args.logger_name):
         distributed.on_main(lambda: _check_folder(args))  # again, now that nobody else can
-        log = RunLog(args.logger_name, active=distributed.is_main())
+        log = RunLog(args.logger_name, distributed.is_main(), tracker_names(args.report_to))
         try:
             with warnings_told(log.say):
                 return _run(args, device, log)

@@ -80,6 +80,37 @@ class IntegerList(argparse.Action):
         setattr(namespace, self.dest, [number for part in values for number in part])
 
 
+class Ratios(argparse.Action):
+    """One number, kept as it is, or two in one word or several, `0.1,0.02`: a list."""
+
+    def __init__(self, *names: Any, **settings: Any) -> None:
+        super().__init__(*names, **{"nargs": "+", "type": _floats, **settings})
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        found = [number for part in values for number in part]
+        if len(found) not in (1, 2):
+            parser.error(f"{option_string}: give one number, or two: image,text")
+        setattr(namespace, self.dest, found[0] if len(found) == 1 else found)
+
+
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(one) for one in text.strip("[]").split(",") if one.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give one number, or two: image,text") from None
+
+
+def side_lengths(text: str) -> int | list[int]:
+    """Return one side in pixels, or of "HxW" both, height first."""
+    try:
+        sides = [int(one) for one in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text}: give a side in pixels, or HEIGHTxWIDTH")
+    return sides[0] if len(set(sides)) == 1 else sides
+
+
 def int_list(text: str) -> list[int]:
     """Return the integers of a comma-separated list; an empty text gives none."""
     parts = [one for one in text.replace("[", "").replace("]", "").split(",") if one.strip()]
@@ -100,8 +131,10 @@ def check_kinds(actions: Iterable[argparse.Action], values: Mapping[str, Any], s
         if action is None or (value is None and action.default is None):
             continue
         many = isinstance(action, IntegerList)
-        parts = value if many and isinstance(value, (list, tuple)) else [value]
-        right = all(_is_kind(action, one) for one in parts) and (parts is value or not many)
+        either = isinstance(action, Ratios) or action.type is side_lengths
+        listed = isinstance(value, (list, tuple)) and (many or (either and len(value) == 2))
+        parts = value if listed else [value]
+        right = all(_is_kind(action, one) for one in parts) and (listed or not many)
         if not right:
             raise InputError(f"{source}: {name} is {value!r:.60}, which --{name} does not take")
     check_ranges({name: value for name, value in values.items() if name in known}, source)
@@ -113,9 +146,9 @@ def _is_kind(action: argparse.Action, value: Any) -> bool:
     if action.nargs == 0:
         return isinstance(value, bool)
     kind = action.type
-    if kind in (int, int_list):
+    if kind in (int, int_list, side_lengths):
         return isinstance(value, int)
-    if kind is float:
+    if kind in (float, _floats):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, str) if kind is None else True
 

@@ -55,8 +55,8 @@ RANGES = _table(
     ),
     zeros=(
         Range(0, MOST),
-        "rerank workers gpu_id feature_views log_step skip_nonfinite max_bad_images lr_warmup_steps"
-        " max_dense_word"
+        "rerank workers gpu_id feature_views lora_rank log_step skip_nonfinite max_bad_images"
+        " lr_warmup_steps max_dense_word"
         " vse_mean_warmup_epochs warmup rank local_rank retries check random",
     ),
     reals_from_zero=(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {"train", "eval", "arguments", "data", "scoring", "vocab"}
 GROUND = {
     f"lib.{name}"
-    for name in "errors ranges flags batch distributed files program rendezvous".split()
+    for name in "errors ranges flags batch config_file distributed files program rendezvous".split()
 }
 CONTRACT = {"lib.methods", "lib.methods.base", "lib.methods.registry"}
 FAMILIES = {"laps_family", "pooled", "sgraf_family", "d2s_family"}
@@ -32,6 +32,7 @@ GROUND_MAY = {  # of the ground floor, who may import whom
     "lib.flags": {"lib.errors", "lib.ranges"},
     "lib.rendezvous": {"lib.errors"},
     "lib.distributed": {"lib.errors", "lib.batch", "lib.rendezvous"},
+    "lib.config_file": {"lib.errors", "lib.files"},
     "lib.program": {"lib.errors"},
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from arguments import fill_paths
-from lib.batch import Batch
+from lib.batch import Batch, image_size
 from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
@@ -20,6 +20,7 @@ from lib.data.sources import EvalImages, Sample
 from lib.data.splits import Split
 from lib.errors import InputError
 from lib.methods.base import Method
+from lib.model.encoders import image_filter
 from lib.retrieval.index import PictureIndex
 from lib.retrieval.result_files import file_digest
 from lib.retrieval.search import Searcher
@@ -83,7 +84,13 @@ class Opened:
         """Yield (images, their places in `files`, files that can't be decoded) batch by batch."""
         split = Split("folder", "photos", [], list(files), list(files), np.empty(0, int), dense)
         words = self.dense_words if self.model.dense_owner == "image" else None
-        images = EvalImages(split, self.args.img_res, self.tokenizer, words)
+        images = EvalImages(
+            split,
+            self.args.img_res,
+            self.tokenizer,
+            words,
+            resample=image_filter(self.model.image_encoder),
+        )
         loader = image_loader(images, batch_size, range(len(images)), workers)
         for batch, bad in loader.tolerant():
             places = [] if batch is None else batch.image_ids.tolist()
@@ -98,7 +105,7 @@ class Opened:
 
     def blank(self) -> Batch:
         """Return a black image, with a dense text where the model wants one."""
-        pixels = torch.zeros(3, self.args.img_res, self.args.img_res, dtype=torch.uint8)
+        pixels = torch.zeros(3, *image_size(self.args.img_res), dtype=torch.uint8)
         wanted = self.model.dense_owner == "image"
         words = self.tokenizer.encode("a", self.dense_words) if wanted else None
         return Collate(self.tokenizer.pad_id)([Sample(0, pixels, dense_ids=words)])[0]

@@ -26,10 +26,19 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FREEZE,
         help="backbones that keep their pretrained weights",
     )
+    group.add_argument(
+        "--lora_rank",
+        type=int,
+        default=0,
+        help="train low-rank layers of that rank in the place of the backbones that are not frozen "
+        "(needs peft); 0: the backbones themselves",
+    )
 
 
 def check_freeze(args: argparse.Namespace) -> None:
-    """Raise InputError where `args.freeze` names a side that has no pretrained backbone."""
+    """Raise InputError where `args.freeze` names a side that has no backbone, or leaves no LoRA."""
+    if args.lora_rank and args.freeze == "both":
+        raise InputError("--lora_rank with --freeze both: no backbone is left to adapt")
     nothing = {
         "image": "precomputed regions have no image encoder" if args.precomp else None,
         "text": "a GRU has no pretrained weights" if args.text_encoder == "gru" else None,

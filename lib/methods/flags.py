@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from lib.errors import InputError
+from lib.flags import side_lengths
 
 SLIMMING_FLAGS = ("sparse_ratio", "aggr_ratio", "ratio_weight", "detach_patches")
 
@@ -51,7 +52,7 @@ def _add_encoders(group: argparse._ArgumentGroup) -> None:
         "--vit_type",
         default="vit",
         help="image encoder: vit|vit_224, vit_384, swin|swin_224, swin_384, tiny (from scratch), "
-        "a Hugging Face id or a local folder",
+        "timm/NAME, or the Hugging Face id or folder of any image encoder of transformers",
     )
     group.add_argument(
         "--bert_path",
@@ -67,7 +68,12 @@ def _add_encoders(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--word_dim", type=int, default=300, help="embedding width of the GRU")
     group.add_argument("--gru_dropout", type=float, default=0.4, help="of the GRU's embeddings")
-    group.add_argument("--img_res", type=int, default=224, help="image side in pixels")
+    group.add_argument(
+        "--img_res",
+        type=side_lengths,
+        default=224,
+        help="image side in pixels, or HEIGHTxWIDTH; position embeddings are interpolated to it",
+    )
     group.add_argument(
         "--precomp",
         type=int,

@@ -141,6 +141,7 @@ def build_model(
         gru=(args.word_dim, args.gru_dropout) if args.text_encoder == "gru" else None,
         image_norm=args.image_norm,
         freeze=args.freeze,
+        lora_rank=args.lora_rank,
         pad_id=getattr(args, "pad_id", 0),  # of the tokenizer that the program read
     )
     model = get_method(args.method).from_args(args, source)

@@ -21,6 +21,7 @@ from lib.model.backbones import (
 )
 from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
+from lib.model.lora import add_lora
 from lib.model.preprocessing import Preprocessing, choose_preprocessing
 from lib.model.text_backbones import most_positions, text_hidden
 from lib.model.timm_backbones import PREFIX, TimmConfig, build_timm, timm_preprocessing
@@ -305,6 +306,7 @@ class EncoderSource:
     gru: tuple[int, float] | None = None
     pad_id: int = 0  # of the tokenizer
     freeze: str = "none"  # image, text, both or none
+    lora_rank: int = 0
 
     def image(self) -> ImageEncoder | RegionEncoder:
         """Return a new image encoder. Raises InputError as `load_backbone` does."""
@@ -335,4 +337,6 @@ class EncoderSource:
     def _as_asked(self, encoder: _Freezable, side: str) -> _Freezable:
         if self.freeze in (side, "both"):
             encoder.freeze()
+        elif self.lora_rank:
+            add_lora(encoder.backbone, self.lora_rank)
         return encoder

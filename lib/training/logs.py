@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lib.checkpoints.checkpoint import plain_arguments
 from lib.distributed import is_main
 from lib.files import write_text_whole
+from lib.training.trackers import Tracker, open_trackers
 
 FALLBACK = "backslashreplace"  # what an unprintable character becomes
 
@@ -28,10 +29,16 @@ class RunLog:
     `folder` None keeps everything on the terminal.
     """
 
-    def __init__(self, folder: str | Path | None, active: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        active: bool = True,
+        report_to: Sequence[str] = ("tensorboard",),
+    ) -> None:
         self.active = active
         self.folder = Path(folder) if folder is not None and active else None
-        self.writer = None
+        self.trackers: list[Tracker] = []
+        self._report_to = report_to if active else ()
         self._unchanged: dict[str, tuple[float, int, int]] = {}  # name: value, first, last step
         self._changing: set[str] = set()
         self._told = False
@@ -40,15 +47,13 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def open_curves(self, step: int) -> None:
-        """Begin to write into the folder; TensorBoard events behind `step` are taken back.
+        """Begin to write into the folder and its trackers, behind `step`.
 
         What was said before is kept until now, as a run that fails to begin changes no file.
         """
         if self.folder is not None:
             self._write_early()
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+            self.trackers = open_trackers(self._report_to, self.folder, step)
 
     def say(self, text: str, only_in_file: bool = False) -> None:
         """Print a line above any progress bar, and append it to train.log with the time."""
@@ -73,7 +78,7 @@ class RunLog:
         self._append("".join(early))
 
     def arguments(self, args: argparse.Namespace) -> None:
-        """Write Parameters.txt (a flag a line), args.json and TensorBoard's text of them."""
+        """Write Parameters.txt (a flag a line), args.json and the trackers' text of them."""
         if self.folder is None:
             return
         plain = plain_arguments(args)
@@ -84,16 +89,12 @@ class RunLog:
         )
         table = "| flag | value |\n|---|---|\n"
         table += "\n".join(f"| {key} | {value} |" for key, value in sorted(plain.items()))
-        if self.writer is not None:
-            self.writer.add_text("arguments", table.encode("utf-8", FALLBACK).decode(), 0)
+        table = table.encode("utf-8", FALLBACK).decode()
+        self._track(lambda tracker: tracker.settings(plain, table))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write TensorBoard scalars at `step`."""
-        if self.writer is None:
-            return
-        with self._kept_going():
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        """Write numbers at `step` to every tracker."""
+        self._track(lambda tracker: tracker.scalars(values, step))
 
     def changing_scalars(self, values: dict[str, float], step: int) -> None:
         """Write scalars as `scalars` does, but none of a name whose value is always the same.
@@ -112,10 +113,13 @@ class RunLog:
             self.scalars({name: value}, step)
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Write an RGB uint8 picture (H, W, 3) to TensorBoard."""
-        if self.writer is not None:
+        """Write an RGB uint8 picture (H, W, 3) to every tracker."""
+        self._track(lambda tracker: tracker.image(name, picture, step))
+
+    def _track(self, write: Callable[[Tracker], None]) -> None:
+        for tracker in self.trackers:
             with self._kept_going():
-                self.writer.add_image(name, picture, step, dataformats="HWC")
+                write(tracker)
 
     @contextmanager
     def _kept_going(self) -> Iterator[None]:
@@ -130,12 +134,10 @@ class RunLog:
             self._told = True
 
     def close(self) -> None:
-        """Flush and close the event file."""
+        """Flush and close the trackers."""
         if self.folder is not None:
             self._write_early()
-        if self.writer is not None:
-            with self._kept_going():
-                self.writer.close()
+        self._track(lambda tracker: tracker.close())
 
 
 def append_text(path: Path, text: str) -> None:

@@ -8,32 +8,44 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+Ratio = float | Sequence[float]
 Schedule = Callable[[int], float]
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, backbone_ratio: float, weight_decay: float
+    model: nn.Module, learning_rate: float, backbone_ratio: Ratio, weight_decay: float
 ) -> list[dict]:
     """Return AdamW groups: backbones at `backbone_ratio` of the learning rate, the rest at it all.
 
-    A backbone is a module named `backbone` (ViT, Swin, BERT); projections are not part of it.
-    Biases, norms and scalars are decayed like the rest, as the LAPS family does. Source: SPEC 6.
+    A backbone is a module named `backbone` (ViT, Swin, BERT); projections are not part of it, and
+    neither are LoRA's new layers. Two ratios are the image's and the text's. Biases, norms and
+    scalars are decayed like the rest, as the LAPS family does. Source: SPEC 6.
     """
-    backbone, head = [], []
+    two = isinstance(backbone_ratio, Sequence)
+    image, text = backbone_ratio if two else (backbone_ratio, backbone_ratio)
+    rates = {"backbones": image, "text backbone": text, "heads": 1.0}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (backbone if "backbone" in name.split(".") else head).append(parameter)
-    groups = [
-        {"params": backbone, "lr": learning_rate * backbone_ratio, "name": "backbones"},
-        {"params": head, "lr": learning_rate, "name": "heads"},
+        if not parameter.requires_grad:
+            continue
+        if "backbone" not in name.split(".") or "lora_" in name:
+            groups["heads"].append(parameter)
+        elif image != text and name.startswith("text_encoder."):
+            groups["text backbone"].append(parameter)
+        else:
+            groups["backbones"].append(parameter)
+    return [
+        {"params": found, "lr": learning_rate * rates[name], "name": name}
+        | {"weight_decay": weight_decay}
+        for name, found in groups.items()
+        if found
     ]
-    return [dict(group, weight_decay=weight_decay) for group in groups if group["params"]]
 
 
 def build_optimizer(
     model: nn.Module,
     learning_rate: float,
-    backbone_ratio: float = 0.1,
+    backbone_ratio: Ratio = 0.1,
     weight_decay: float = 1e-4,
     beta2: float = 0.999,
 ) -> torch.optim.AdamW:

@@ -41,3 +41,16 @@ def test_cosine_and_warmup():
     assert factor(50) == pytest.approx(0.5)
     assert factor(100) == pytest.approx(0)
     assert factor(10) == pytest.approx(0.5 * (1 + math.cos(math.pi / 10)))
+
+
+def test_each_backbone_may_have_its_own_rate():
+    model = tiny_model("laps")
+    groups = {g["name"]: g for g in build_optimizer(model, 1e-3, (0.1, 0.02)).param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "backbones": 1e-4,
+        "text backbone": 2e-5,
+        "heads": 1e-3,
+    }
+    own = {id(p) for p in model.text_encoder.backbone.parameters()}
+    assert {id(p) for p in groups["text backbone"]["params"]} == own
+    assert len(build_optimizer(model, 1e-3, (0.1, 0.1)).param_groups) == 2
