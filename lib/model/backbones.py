@@ -82,9 +82,13 @@ def tiny_text_config(vocab_size: int, width: int, layers: int, positions: int) -
 
 def saved_config(config: dict) -> PretrainedConfig:
     """Return the config that a checkpoint keeps as a dictionary."""
-    if config["model_type"] == TimmConfig.model_type:
-        return TimmConfig(**{key: v for key, v in config.items() if key != "model_type"})
-    return AutoConfig.for_model(**config)
+    values = dict(config)
+    kind = values.pop("model_type")
+    if kind == TimmConfig.model_type:
+        return TimmConfig(**values)
+    if hasattr(transformers, TOWERS.get(kind, "")):  # which AutoConfig of 4.x does not know either
+        return getattr(transformers, TOWERS[kind]).config_class(**values)
+    return AutoConfig.for_model(kind, **values)
 
 
 def load_config(source: str, flag: str) -> PretrainedConfig:

@@ -186,8 +186,9 @@ def test_training_and_evaluation_read_the_cache(method, scenes_path, tmp_path, m
     monkeypatch.setattr("lib.model.encoders.image_tokens", None)
     assert evaluation.main(cached) == 0
     pixels, features = (np.load(tmp_path / f"{name}.npy") for name in ("pixels", "features"))
-    assert np.abs(pixels - features).max() < 5e-3
-    assert np.abs(pixels - features).max() > 0  # float16 was read
+    apart = np.abs(pixels - features)  # float16 may tip the choice of a patch here and there
+    assert np.median(apart) < 1e-3
+    assert 0 < apart.max() < 0.05
 
 
 def test_what_the_cache_can_not_serve_is_refused(scenes_path, tmp_path, capsys):
