@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arguments import parse_train
+from arguments import DATASET_DEFAULTS, parse_train
 from lib.errors import InputError
 
 
@@ -36,7 +36,7 @@ resume: null
     assert (args.max_violation, args.lr_schedules, args.size_augment) == (True, [9, 15], 1)
     assert (args.mask_weight, args.gpu_id, args.resume) == (-0.5, 1, None)
     assert args.vit_type == "google/vit-base-patch16-224-in21k"
-    assert args.num_epochs == 5  # of the data set, which the file names
+    assert args.num_epochs == DATASET_DEFAULTS["scenes"]["num_epochs"]  # the file names the set
     assert parse_train([f"--config={config[1]}"]).batch_size == 128
     assert args.config == config[1]
 
