@@ -247,7 +247,7 @@ def training_loader(
     )
     ranks = {"rank": distributed.rank(), "world": distributed.world_size()}
     siblings = None
-    if args.sibling_share:
+    if args.sibling_share and not described:  # of captions
         siblings = sibling_captions(Path(args.data_path) / "scenes", split)
     return train_loader(
         dataset,

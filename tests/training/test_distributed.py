@@ -53,6 +53,7 @@ def train_share(rank: int, port: int, methods: list[tuple[str, dict]], results) 
             results[rank, index, hard] = (
                 float(losses["loss"].detach()),
                 {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None},
+                {n: buffer.numpy() for n, buffer in model.named_buffers()},  # running statistics
             )
     distributed.stop()
 
@@ -91,11 +92,15 @@ def test_two_processes_equal_one(shares, case, hard):
     losses["loss"].backward()
     whole = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     for rank in range(2):
-        loss, gradients = shares[rank, case, hard]
+        loss, gradients, buffers = shares[rank, case, hard]
         assert loss == pytest.approx(float(losses["loss"].detach()), rel=1e-5)
         for name, gradient in whole.items():
             torch.testing.assert_close(
                 torch.from_numpy(gradients[name]), gradient, atol=3e-4, rtol=1e-3, msg=name
+            )
+        for name, buffer in model.named_buffers():
+            torch.testing.assert_close(
+                torch.from_numpy(buffers[name]), buffer, atol=1e-5, rtol=1e-4, msg=name
             )
 
 
