@@ -40,6 +40,7 @@ def ensemble_facts(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "method": "ensemble of " + ", ".join(str(one["method"]) for one in members),
         "protocol": strictest([one["protocol"] for one in members]),
         "val_split": " and ".join(sorted({str(one["val_split"]) for one in members})),
+        "trained_on_dense": any(one.get("trained_on_dense") for one in members),
         "members": [dict(one) for one in members],
     }
 
