@@ -37,7 +37,6 @@ from lib.checkpoints.checkpoint import (
     LAST,
     load_training_state,
     load_weights,
-    model_payload,
     start_weights,
 )
 from lib.checkpoints.payloads import read_payload
@@ -52,11 +51,12 @@ from lib.model.encoders import image_filter
 from lib.program import INTERRUPTED, program, run_program, warnings_told
 from lib.rendezvous import environment_integer, peers_told
 from lib.retrieval.pictures import first_pairs_strip
-from lib.training.engine import Settings, Trainer
+from lib.training.engine import Trainer
 from lib.training.folder import check_folder, check_same_folder, check_same_run, claimed, clear_run
 from lib.training.logs import RunLog
-from lib.training.optim import build_optimizer, schedule
-from lib.training.saving import CheckpointWriter
+from lib.training.optim import build_optimizer, schedule_from_args
+from lib.training.saving import CheckpointWriter, run_payload
+from lib.training.settings import Settings
 from lib.training.setup import compile_backbones, recompute_backbones, set_seed
 from lib.training.trackers import tracker_names
 from scoring import evaluate_best
@@ -115,7 +115,8 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
         log.say(dense_cut(args, training, tokenizer, training=True))
     splits = training, validation
     trainer = build_trainer(args, model, tokenizer, splits, device, log, cache, features)
-    trainer.describe = lambda: _payload(args, tokenizer, trainer, data)
+    about = args, tokenizer.vocabulary, data
+    trainer.describe = lambda: run_payload(model, trainer.progress, *about)
     if distributed.world_size() > 1:
         set_seed(args.seed + distributed.rank())  # dropout and Gumbel noise differ between ranks
     if state is not None:
@@ -190,12 +191,7 @@ def build_trainer(
     return Trainer(
         model=model,
         optimizer=optimizer,
-        schedule=schedule(
-            args.lr_policy,
-            steps,
-            args.num_epochs,
-            *(args.lr_schedules, args.decay_rate, args.lr_warmup_steps),
-        ),
+        schedule=schedule_from_args(args, steps),
         train_batches=batches.batches,
         batches_per_epoch=len(batches),
         pairs_per_batch=args.batch_size * distributed.world_size(),
@@ -206,23 +202,6 @@ def build_trainer(
         log=log,
         writer=CheckpointWriter(args.logger_name),
         picture=picture,
-    )
-
-
-def _payload(
-    args: argparse.Namespace, tokenizer: WordTokenizer, trainer: Trainer, data: dict[str, Any]
-) -> dict[str, Any]:
-    progress = trainer.progress
-    return model_payload(
-        trainer.model,
-        args,
-        tokenizer.vocabulary,
-        epoch=progress.epoch,
-        step=progress.step,
-        best_rsum=progress.best_rsum,
-        val_split=args.val_split,
-        hard_negatives=trainer.model.criterion.hard_negatives,
-        data=data,
     )
 
 

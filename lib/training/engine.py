@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from lib.model.precision import autocast_for
 from lib.rendezvous import peers_told
 from lib.retrieval.evaluation import SplitLoaders, evaluate_split
 from lib.training.clock import Clock
-from lib.training.logs import RunLog, entries_apart, epoch_bar, flatten_metrics
+from lib.training.logs import RunLog, epoch_bar, flatten_metrics
 from lib.training.optim import Schedule, set_learning_rate
 from lib.training.progress import (
     Progress,
@@ -32,34 +30,11 @@ from lib.training.progress import (
     training_state,
 )
 from lib.training.saving import CheckpointWriter
+from lib.training.settings import Settings
 from lib.training.stopping import StopRequest
 from lib.training.update import Outcome, Update
 
 ALWAYS_DRAWN = ("train/loss", "train/alignment")
-
-
-@dataclass
-class Settings:
-    """How long, how often and how carefully to train; the flags of the same names."""
-
-    num_epochs: int = 30
-    grad_clip: float = 2.0
-    grad_accum: int = 1
-    log_step: int = 200
-    val_step: int = 500
-    save_step: int = 1000
-    vse_mean_warmup_epochs: int = 1
-    embedding_warmup_epochs: int = 0
-    max_violation: bool = False
-    max_bad_images: int = 100
-    skip_nonfinite: int = 0
-    amp: str = "off"
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace, total_steps: int) -> Settings:
-        """Return the flags' values; --log_step 0 follows the length of the run."""
-        values = {name: getattr(args, name) for name in cls.__dataclass_fields__}
-        return cls(**{**values, "log_step": args.log_step or entries_apart(total_steps)})
 
 
 class Trainer:

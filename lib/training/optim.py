@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 
@@ -88,6 +89,18 @@ def schedule(
     else:
         chosen = step_decay(steps_per_epoch, decay_epochs, decay_rate)
     return with_warmup(chosen, warmup_steps)
+
+
+def schedule_from_args(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+    """Return the schedule that the flags describe."""
+    return schedule(
+        args.lr_policy,
+        steps_per_epoch,
+        args.num_epochs,
+        args.lr_schedules,
+        args.decay_rate,
+        args.lr_warmup_steps,
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 
-from lib.checkpoints.checkpoint import save_payload
+from lib.checkpoints.checkpoint import model_payload, save_payload
 from lib.distributed import agree, is_main
+from lib.methods.base import Method
+from lib.training.progress import Progress
 
 
 class CheckpointWriter:
@@ -58,6 +61,27 @@ class CheckpointWriter:
             save_payload(self.folder / name, payload)
         except Exception as error:  # nobody would see it here: the training loop asks for it
             self.error = error
+
+
+def run_payload(
+    model: Method,
+    progress: Progress,
+    args: argparse.Namespace,
+    vocabulary: list[str] | None,
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """Return a checkpoint's payload without the training state; `data` is the fingerprint."""
+    return model_payload(
+        model,
+        args,
+        vocabulary,
+        epoch=progress.epoch,
+        step=progress.step,
+        best_rsum=progress.best_rsum,
+        val_split=args.val_split,
+        hard_negatives=model.criterion.hard_negatives,
+        data=data,
+    )
 
 
 def snapshot(value: Any) -> Any:
