@@ -15,7 +15,7 @@ GROUND = {
 }
 CONTRACT = {"lib.methods", "lib.methods.base", "lib.methods.registry"}
 FAMILIES = {"laps_family", "pooled", "sgraf_family", "d2s_family"}
-SHARED_BY_METHODS = {"pairs", "flags", "encoder_flags"} | FAMILIES  # beside the contract
+SHARED_BY_METHODS = {"pairs", "flags", "options", "encoder_flags"} | FAMILIES  # beside the contract
 WINGS = {  # what a wing may import beside the ground floor and itself
     "data": set(),
     "model": set(),

@@ -13,35 +13,27 @@ from lib.batch import Batch, Rows, Tokens
 from lib.distributed import gather_rows, gather_tokens
 from lib.errors import InputError
 from lib.methods import pairs
+from lib.methods.options import MethodOptions
 from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss, GlobalLoss
 from lib.model.slimming import masked_mean
 
-DENSE_WORDS = 256  # the real dense texts have a median of about 130 word pieces
 
-
-class Method(nn.Module):
+class Method(MethodOptions, nn.Module):
     """Base of all methods; a subclass is one file and one `@register_method`.
 
-    A subclass writes `score` for one chunk of pairs; `similarity` cuts all pairs into chunks of at
-    most `shard_size` x `shard_size`, recomputing each in the backward pass so that memory is that
-    of one chunk. What depends on the image or caption alone goes into `prepare_images` and
-    `prepare_texts`, done once. `scores_repeat` is False where scoring a pair again would give
-    another number, or is so cheap that `loss_maps` need not choose pairs.
+    A subclass writes `score` for one chunk of pairs; what depends on the image or caption alone
+    goes into `prepare_images` and `prepare_texts`, done once. What flags it reads, and what it says
+    of them before it is built, is in `MethodOptions`; how pairs become chunks is in pairs.py.
     """
 
     name: ClassVar[str]
-    uses_pixels: ClassVar[bool] = True
     dense_gradient: bool = True  # False where the dense text only chooses: its graph is spared
-    scores_repeat: bool = True
+    scores_repeat: bool = True  # False: scored again they differ, or it spares nothing
     is_fused: bool = False  # True while the kernel scores the pairs: never with a graph
     may_leave_unused: bool = False  # True where a step can leave a parameter without gradient
     score_range: tuple[float, float] | None = None  # of a similarity, where it has bounds
-    has_global_embedding: ClassVar[bool] = True  # one that images and captions share
-    accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
-    takes_features: ClassVar[bool] = True  # reads the image encoder's last hidden state alone
-    also_reads: ClassVar[tuple[str, ...]] = ()  # flags beside its own that not every method reads
 
     def __init__(
         self,
@@ -60,53 +52,13 @@ class Method(nn.Module):
         self.global_loss: GlobalLoss | None = None  # of --global_weight, whatever the method
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        """Add the flags that this method alone reads."""
-
-    @classmethod
-    def defaults(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return what this method's flags change in the defaults; a flag given still wins."""
-        return {}
-
-    @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> Method:
         """Return the method that `args` describes; the only place that sees the Namespace."""
         raise NotImplementedError
 
-    @classmethod
-    def wants_dense(cls, args: argparse.Namespace) -> str | None:
-        """Return who is given the dense text under `args`: "image", "caption" or None."""
-        return None
-
-    @classmethod
-    def trains_on_dense(cls, args: argparse.Namespace) -> bool:
-        """Return whether training batches carry dense texts, whoever carries them in evaluation."""
-        return cls.wants_dense(args) is not None
-
-    @classmethod
-    def pairs_from_dense(cls, args: argparse.Namespace) -> bool:
-        """Return whether training pairs are images and their dense texts, without captions."""
-        return False
-
-    @classmethod
-    def dense_words(cls, args: argparse.Namespace, training: bool = True) -> int:
-        """Return how many word pieces of a dense text are read, in training or in evaluation."""
-        if args.max_dense_word is None:
-            return DENSE_WORDS
-        return args.max_dense_word or args.max_word
-
-    @classmethod
-    def starts_from(cls, args: argparse.Namespace) -> str | None:
-        """Return the checkpoint that a new run takes its first weights from, None without."""
-        return None
-
     def start_from(self, other: Method) -> None:
         """Take the first weights of the model in the checkpoint that `starts_from` names."""
         raise NotImplementedError
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        """Raise InputError where flags contradict each other; called before anything is loaded."""
 
     @property
     def protocol(self) -> str:
@@ -234,19 +186,8 @@ class Method(nn.Module):
         images = self.encode_images(pixels, *dense, pixel_lengths)
         texts = self.encode_texts(ids, lengths, *dense)
         texts, image_ids = gather_tokens(texts), gather_rows(image_ids)
-        return self._with_global_loss(
-            self.losses(images, texts, image_ids), images, texts, image_ids
-        )
-
-    def _with_global_loss(
-        self, losses: dict[str, Tensor], images: Tokens, texts: Tokens, image_ids: Tensor
-    ) -> dict[str, Tensor]:
-        """Return the losses with that of the global embeddings added, where there is one."""
-        if self.global_loss is None:
-            return losses
-        seen = self.gather(self.global_embeddings(images))  # (B, C)
-        added = self.global_loss(seen, self.global_embeddings(texts), image_ids)
-        return {**losses, "loss": losses["loss"] + added, "global": added.detach()}
+        losses = self.losses(images, texts, image_ids)
+        return pairs.with_global_loss(self, losses, images, texts, image_ids)
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:
         """Return the losses of this rank's images and all captions; `image_ids` (B_t,): whose."""

@@ -118,6 +118,21 @@ def loss_maps(method: Method, images: Tokens, texts: Tokens, image_ids: Tensor) 
     return maps
 
 
+def with_global_loss(
+    method: Method,
+    losses: dict[str, Tensor],
+    images: Tokens,
+    texts: Tokens,
+    image_ids: Tensor,
+) -> dict[str, Tensor]:
+    """Return the losses with that of the global embeddings added, where there is one."""
+    if method.global_loss is None:
+        return losses
+    seen = method.gather(method.global_embeddings(images))  # (B, C)
+    added = method.global_loss(seen, method.global_embeddings(texts), image_ids)
+    return {**losses, "loss": losses["loss"] + added, "global": added.detach()}
+
+
 @contextmanager
 def without_graph(device: torch.device) -> Iterator[None]:
     """Switch gradient off; autocast must not keep weights for later that it casts meanwhile."""
