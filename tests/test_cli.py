@@ -69,11 +69,19 @@ def test_the_readme_has_its_lines():
 def test_command_lines_parse(line):
     program, argv = arguments_of(line)
     args = parse_train(argv) if program == "train.py" else parse_eval(argv)
-    flags = dict(zip(argv[::2], argv[1::2], strict=True))
-    for flag, value in flags.items():
-        assert str(getattr(args, flag.lstrip("-").replace("-", "_"))) == str(
-            type(getattr(args, flag.lstrip("-").replace("-", "_")))(value)
-        )
+    flags: dict[str, list[str]] = {}
+    for word in argv:
+        if word.startswith("--"):
+            flags[word] = values = []
+        else:
+            values.append(word)
+    for flag, values in flags.items():
+        found = getattr(args, flag.lstrip("-").replace("-", "_"))
+        if isinstance(found, list):
+            assert [str(one) for one in found] == values
+        else:
+            (value,) = values
+            assert str(found) == str(type(found)(value))
 
 
 @pytest.fixture
