@@ -171,17 +171,17 @@ class Tokens(Rows):
         )
 
 
-def length_buckets(lengths: list[int], most: int) -> list[list[int]]:
+def length_buckets(lengths: list[int], most: int, spread: float = 1.125) -> list[list[int]]:
     """Return the indices of captions in buckets of similar lengths, shortest first, ties in order.
 
-    A bucket holds at most `most` captions, and from `FEWEST_IN_BUCKET` on only lengths within an
-    eighth of its shortest; all together in order where lengths are equal.
+    A bucket holds at most `most` captions, and from `FEWEST_IN_BUCKET` on only lengths up to
+    `spread` times its shortest; all together in order where lengths are equal.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     buckets: list[list[int]] = []
     for index in order:
         current = buckets[-1] if buckets else []
-        longer = bool(current) and lengths[index] > 1.125 * lengths[current[0]]
+        longer = bool(current) and lengths[index] > spread * lengths[current[0]]
         if not current or len(current) == most or (longer and len(current) >= FEWEST_IN_BUCKET):
             buckets.append([index])
         else:

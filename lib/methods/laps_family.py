@@ -67,7 +67,7 @@ class LapsFamily(Method):
     @property
     def is_fused(self) -> bool:
         learned = self.network.selection.control is None
-        return learned and not self.training and kernels.serves(self.network.head.scale)
+        return learned and kernels.serves(self.network.head.scale)
 
     def prepare_images(self, images: Tokens) -> SlimmedImages:
         return self.network.prepare(self.patches_of(images), images.cls, fused=self.is_fused)
@@ -106,6 +106,7 @@ class LapsFamily(Method):
             fixed,
             fixed.new_ones(fixed.shape[:2], dtype=torch.bool),
             self.network.kept,
+            gram=images.aggregation.gram,
         )
 
     def patch_choice(self, images: Tokens, texts: Tokens) -> PatchChoice:

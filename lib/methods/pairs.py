@@ -27,6 +27,7 @@ Maps = dict[str, Tensor]  # each (B_v, B_t)
 
 CAPTIONS_WITHOUT_GRAPH = 256  # of a chunk
 PAIRS_WITHOUT_GRAPH = 256  # of a chunk on the CPU: what it makes stays near the caches
+SPREAD, WIDE_SPREAD = 1.125, 2.0  # of the lengths in a bucket
 PAIRS_AT_ONCE = 256  # scored one by one, each with its own copy of the image's patches
 MOST_READ = 4  # similarities a pair that are worth scoring twice
 
@@ -45,8 +46,11 @@ class TextBuckets:
 def bucketed(method: Method, texts: Tokens) -> TextBuckets:
     """Return the captions prepared, in buckets of about one length: no padding is multiplied."""
     captions = method.shard_size if torch.is_grad_enabled() else CAPTIONS_WITHOUT_GRAPH
+    captions = min(_most_pairs(method, texts.local.device), captions)
     buckets, order = [], []
-    for rows in length_buckets(texts.lengths.tolist(), min(_most_pairs(method), captions)):
+    on_cpu = method.is_fused and texts.local.is_cpu  # there padding costs but the means
+    spread = WIDE_SPREAD if on_cpu else SPREAD
+    for rows in length_buckets(texts.lengths.tolist(), captions, spread):
         alike = texts[rows] if len(rows) < len(texts) else texts
         buckets.append(method.prepare_texts(alike.trimmed()))
         order += rows if alike is not texts else range(len(texts))
@@ -59,9 +63,9 @@ def all_pairs(method: Method, images: Rows, texts: TextBuckets) -> Maps:
     A chunk holds at most `shard_size`² pairs; with more than that in all, the backward pass
     computes each chunk again.
     """
-    most = _most_pairs(method)
+    most = _most_pairs(method, images.device)
     again = torch.is_grad_enabled() and len(images) * len(texts) > most
-    if not torch.is_grad_enabled() and images.device.type == "cpu":
+    if not (torch.is_grad_enabled() or method.is_fused) and images.device.type == "cpu":
         most = min(most, PAIRS_WITHOUT_GRAPH)
     columns = []
     for bucket in texts.buckets:
@@ -141,9 +145,9 @@ def without_graph(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _most_pairs(method: Method) -> int:
+def _most_pairs(method: Method, device: torch.device) -> int:
     """Return how many pairs `score` is given at once."""
-    return kernels.PAIRS if method.is_fused else method.shard_size**2
+    return kernels.most_pairs(device) if method.is_fused else method.shard_size**2
 
 
 def _scored(method: Method, images: Rows, texts: Rows, again: bool) -> Maps:

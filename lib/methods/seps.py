@@ -202,7 +202,7 @@ class SEPS(Method):
     @property
     def is_fused(self) -> bool:
         learned = self.patch_selection.control is None
-        eligible = learned and self.guide != "caption" and not self.training
+        eligible = learned and self.guide != "caption" and self.scores_repeat
         return eligible and kernels.serves(self.sparse_head.scale)
 
     @property
@@ -331,6 +331,7 @@ class SEPS(Method):
             self.kept,
             added=added,
             fused_counts=False,
+            gram=images.aggregation.gram,
         )
         if best is None:
             return None

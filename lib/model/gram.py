@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lib.model.precision import full_precision
+
 SMALLEST_NORM = 1e-12  # as torch's normalize
 TYPICAL_WORDS = 14  # of a caption, [CLS] and [SEP] included
 
@@ -131,6 +133,12 @@ def gram_matrix(patches: Tensor, tokens: int) -> Tensor | None:
         return None
     if not gram_pays(tokens, *patches.shape[1:], TYPICAL_WORDS):
         return None
+    return patches @ patches.transpose(1, 2)
+
+
+@full_precision
+def wide_gram(patches: Tensor) -> Tensor:
+    """Return V Vᵀ of each image in at least float32, (B_v, L, C) -> (B_v, L, L)."""
     return patches @ patches.transpose(1, 2)
 
 

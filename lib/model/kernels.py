@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
+from lib.model import native
 from lib.model.alignment import NEGATIVE_SLOPE, best_matches
 
 try:
@@ -39,6 +40,7 @@ except ImportError:  # macOS, Windows and CPU wheels of torch come without it
     triton = None
 
 PAIRS = 2**16  # of a call: scores of 50 MB at L = 196
+PAIRS_ON_CPU = 2**13
 PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
 FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
 # A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.
@@ -51,17 +53,22 @@ _failed: set[torch.device] = set()  # where a program did not build at the size 
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether `fused_matches` runs there: on CUDA, or anywhere under TRITON_INTERPRET=1.
+    """Return whether `fused_matches` runs there: on CUDA, on the CPU where native.c is compiled.
 
-    Where Triton can't build a program (no C compiler, an old GPU), one warning says so.
+    Under TRITON_INTERPRET=1 Triton's interpreter runs the programs anywhere. Where Triton can't
+    build a program (no C compiler, an old GPU), one warning says so.
     """
-    if triton is None or device in _failed:
+    if device in _failed:
         return False
-    return _interpreted() or (device.type == "cuda" and _builds(device))
+    if _interpreted():
+        return True
+    if device.type == "cpu":
+        return native.is_available()
+    return triton is not None and device.type == "cuda" and _builds(device)
 
 
 def _interpreted() -> bool:
-    return not isinstance(_order_patches, triton.JITFunction)
+    return triton is not None and not isinstance(_order_patches, triton.JITFunction)
 
 
 @functools.cache
@@ -82,6 +89,11 @@ def _builds(device: torch.device) -> bool:
 def _tell(error: Exception) -> None:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     print(f"warning: no fused scoring, PyTorch does it ({reason:.200})", file=sys.stderr)
+
+
+def most_pairs(device: torch.device) -> int:
+    """Return how many pairs a call is best given."""
+    return PAIRS if device.type == "cuda" or _interpreted() else PAIRS_ON_CPU
 
 
 def serves(patches: Tensor) -> bool:
@@ -108,34 +120,48 @@ def fused_matches(
     k: int,
     added: Tensor | None = None,
     fused_counts: bool = True,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
 
-    None, with a warning, where a program does not build: PyTorch must serve, now and from then on.
+    None where PyTorch must serve: on the CPU for numbers that are not finite or too far apart, on
+    CUDA, with a warning and from then on, where a program does not build.
 
     scores (B_v, T, L) rank the patches, of which the `k` best are kept; logits (B_v, N_c, L) weigh
     the kept ones, the scores the dropped ones; patches (B_v, L, C); words (T, M, C) normalised,
     word_mask (T, M); fixed (B_v, F, C) are tokens that no caption changes, fixed_mask (B_v, F);
     added (B_v, N_c, C) is added to the aggregated tokens before they are normalised. Where nothing
     is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
-    leaves it out). Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
+    leaves it out); gram (B_v, L, L) float32, the patches' products, spares the CPU a product. Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
     float32, without gradient, also under autocast: half-precision arguments are taken as float32.
     Raises ValueError where the programs never run, and where a gradient would be lost.
     Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
     """
     _check([one for one in (scores, logits, patches, words, fixed, added) if one is not None])
-    arguments = scores, logits, patches, words, word_mask, fixed, fixed_mask, k, added, fused_counts
+    device = scores.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        scores, logits, patches, words, fixed = (
+            one.float() for one in (scores, logits, patches, words, fixed)
+        )
+        added = None if added is None else added.float()
+        rest = word_mask, fixed, fixed_mask, k, added, fused_counts
+        if device.type == "cpu" and not _interpreted():
+            return native.matches(scores, logits, patches, words, *rest, gram)
+        return _tried(scores, logits, patches, words, *rest)
+
+
+def _tried(*arguments) -> tuple[Tensor, Tensor] | None:
+    """Return `_matches`, or None from the first failure on."""
     try:
         return _matches(*arguments)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a program of this size that the small probe did not show
-        _failed.add(scores.device)
+        _failed.add(arguments[0].device)
         _tell(error)
         return None
 
 
-@torch.no_grad()
 def _matches(
     scores: Tensor,
     logits: Tensor,
@@ -148,12 +174,8 @@ def _matches(
     added: Tensor | None = None,
     fused_counts: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `fused_matches` tells."""
-    device = scores.device
-    with torch.autocast(device.type, enabled=False), torch.cuda.device_of(scores):
-        tensors = (scores, logits, patches, words, fixed)
-        scores, logits, patches, words, fixed = (one.float() for one in tensors)
-        added = None if added is None else added.float()
+    """Return what `fused_matches` tells, by the Triton programs; all tensors float32."""
+    with torch.cuda.device_of(scores):
         images = _prepare(logits, patches, fixed, fixed_mask, added)
         size = max(1, PRODUCT_BYTES // (4 * images.sources[..., 0].numel() * words.shape[1]))
         parts = [
@@ -173,7 +195,7 @@ def _matches(
 
 def _check(tensors: list[Tensor]) -> None:
     if not is_available(tensors[0].device):
-        raise ValueError("fused_matches needs a CUDA device and Triton")
+        raise ValueError("fused_matches needs a CUDA device and Triton, or a CPU and a C compiler")
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         raise ValueError("fused_matches has no backward pass: call it under torch.no_grad()")
 

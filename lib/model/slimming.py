@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lib.batch import Rows
-from lib.model.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit
+from lib.model.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit, wide_gram
 from lib.model.precision import full_precision, is_half
 from lib.model.selection import Selection, top_k_mask
 
@@ -205,10 +205,13 @@ class Aggregation(Rows):
 
 
 def aggregation(head: AggregationHead, patches: Tensor, fused: bool) -> Aggregation:
-    """Return the aggregation of patches (B_v, L, C); a kernel (`fused`) reads the logits alone."""
+    """Return the aggregation of patches (B_v, L, C); a kernel (`fused`) reads no peaks.
+
+    The one on CUDA makes the Gram matrix itself; that of the CPU is called more often.
+    """
     logits = head(patches)
     if fused:
-        return Aggregation(logits)
+        return Aggregation(logits, gram=wide_gram(patches) if patches.is_cpu else None)
     return Aggregation(logits, peak_weights(logits), gram_matrix(patches, logits.shape[1]))
 
 

@@ -1,0 +1,184 @@
+"""Best matches of pairs on the CPU, in C compiled at first use; PyTorch serves where it can't be.
+
+The numbers and the arguments are those of kernels.py, which says why so little has to be read. One
+product of all words with all patches is PyTorch's; what follows is done pair by pair in native.c,
+in as many threads as PyTorch has. Measured in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from lib.model.gram import SMALLEST_NORM
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-shared")
+OFF = "SEPS_NATIVE"  # set to 0, this variable leaves the work to PyTorch
+LANES = 8  # as in native.c
+PRODUCT_BYTES = 4 * 2**20  # patch-word products alive at once: they stay near the caches
+LARGEST_EXPONENT = 60.0  # of a logit below its image's largest: exp(-60) is a normal float
+
+
+class _Call(ctypes.Structure):
+    """`Call` of native.c, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "images captions patches tokens width".split()),
+        *((name, ctypes.c_int64) for name in "fixed words kept stride sources".split()),
+        *((name, ctypes.c_void_p) for name in "scores peaks gram cross squares".split()),
+        *((name, ctypes.c_void_p) for name in "products rows fixed_mask".split()),
+        ("fused_counts", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in "for_words for_tokens".split()),
+    ]
+
+
+def is_available() -> bool:
+    """Return whether the C code is there: built now, or before by the same compiler."""
+    return os.environ.get(OFF) != "0" and _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = os.environ.get("CC", "cc")
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None  # no compiler, no place to write: PyTorch serves
+
+
+def _built(compiler: str) -> Path:
+    """Return the shared library, compiled where this machine and compiler have none yet."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    known = "\0".join([SOURCE.read_text(), version, *FLAGS, _processor()])
+    digest = hashlib.sha256(known.encode()).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    target = Path(cache) / "seps" / f"native-{digest}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(suffix=".so", dir=target.parent)
+        os.close(handle)
+        command = [compiler, *FLAGS, str(SOURCE), "-o", made, "-lm"]
+        try:
+            subprocess.run(command, capture_output=True, timeout=300, check=True)
+            os.replace(made, target)  # whole or not at all, whoever else compiles
+        finally:
+            Path(made).unlink(missing_ok=True)
+    return target
+
+
+def _processor() -> str:
+    """Return what tells processors apart: a library for one may not run on another."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{sys.platform} {platform.machine()} {platform.processor()} {flags}"
+
+
+def matches(
+    scores: Tensor,
+    logits: Tensor,
+    patches: Tensor,
+    words: Tensor,
+    word_mask: Tensor,
+    fixed: Tensor,
+    fixed_mask: Tensor,
+    k: int,
+    added: Tensor | None = None,
+    fused_counts: bool = True,
+    gram: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return what `kernels.fused_matches` tells; None where a number is not finite or too far off.
+
+    Then PyTorch must serve: it hands NaN on, and softmax weights of any logits.
+    """
+    tops = logits.amax(2, keepdim=True)
+    apart = logits.numel() and float((tops - logits).amax())
+    if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words):
+        return None
+    tokens = logits.shape[1]
+    room = (0, -tokens % LANES)  # rows of weights are padded with zeros to whole vectors
+    peaks = pad((logits - tops).exp().transpose(1, 2), room).contiguous()  # (B_v, L, width)
+    gram = patches @ patches.transpose(1, 2) if gram is None else gram.contiguous()
+    unit = normalize(fixed, dim=-1, eps=SMALLEST_NORM)
+    sources = torch.cat([patches, unit] if added is None else [patches, added, unit], 1)
+    cross = squares = None
+    if added is not None:
+        cross = pad(patches @ added.transpose(1, 2), room).contiguous()  # (B_v, L, width)
+        squares = added.square().sum(-1).contiguous()
+    shape = scores.shape[:2]
+    for_words = scores.new_empty(*shape, words.shape[1])
+    for_tokens = scores.new_empty(*shape, tokens + 1 + fixed.shape[1])
+    real = words[word_mask]  # (W, C), the rows of the product
+    rows = torch.where(word_mask, word_mask.flatten().cumsum(0).view_as(word_mask) - 1, -1)
+    rows, fixed_mask = rows.to(torch.int32).contiguous(), fixed_mask.contiguous()
+    images = max(1, PRODUCT_BYTES // (4 * max(1, len(real)) * sources.shape[1]))
+    for first in range(0, len(patches), images):
+        part = slice(first, first + images)
+        products = real @ sources[part].flatten(0, 1).T  # (W, images·R)
+        tensors = {
+            "scores": scores[part].contiguous(),
+            "peaks": peaks[part],
+            "gram": gram[part],
+            "cross": None if cross is None else cross[part],
+            "squares": None if squares is None else squares[part],
+            "products": products,
+            "rows": rows,
+            "fixed_mask": fixed_mask[part],
+            "for_words": for_words[part],
+            "for_tokens": for_tokens[part],
+        }
+        sizes = {
+            "images": len(sources[part]),
+            "captions": len(words),
+            "patches": patches.shape[1],
+            "tokens": tokens,
+            "width": peaks.shape[2],
+            "fixed": fixed.shape[1],
+            "words": words.shape[1],
+            "kept": min(k, patches.shape[1]),
+            "stride": products.shape[1],
+            "sources": sources.shape[1],
+            "fused_counts": int(fused_counts),
+        }
+        _run(sizes, tensors)
+    return for_words, for_tokens
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(one.sum().isfinite()) for one in tensors)
+
+
+def _run(sizes: dict[str, int], tensors: dict[str, Tensor | None]) -> None:
+    """Match the captions in PyTorch's number of threads; ctypes lets go of the interpreter."""
+    pointers = {key: one.data_ptr() for key, one in tensors.items() if one is not None}
+    call, function = _Call(**sizes, **pointers), _library().match_captions
+    function.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64, ctypes.c_int64]
+    captions, threads = sizes["captions"], min(torch.get_num_threads(), sizes["captions"])
+    ends = [captions * number // threads for number in range(threads + 1)]
+    jobs = [(ctypes.byref(call), *ends[number : number + 2]) for number in range(threads)]
+    if threads == 1:
+        failed = function(*jobs[0])
+    else:
+        failed = any(_pool(threads).map(lambda job: function(*job), jobs))
+    if failed:
+        raise MemoryError("no memory for the weights of a pair")
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="pairs")
