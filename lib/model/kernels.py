@@ -132,7 +132,8 @@ def fused_matches(
     word_mask (T, M); fixed (B_v, F, C) are tokens that no caption changes, fixed_mask (B_v, F);
     added (B_v, N_c, C) is added to the aggregated tokens before they are normalised. Where nothing
     is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
-    leaves it out); gram (B_v, L, L) float32, the patches' products, spares the CPU a product. Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
+    leaves it out). `gram` (B_v, L, L) float32, the patches' products, is made where not given, and
+    on CUDA always. Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
     float32, without gradient, also under autocast: half-precision arguments are taken as float32.
     Raises ValueError where the programs never run, and where a gradient would be lost.
     Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
