@@ -9,15 +9,18 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from lib.batch import image_size
 from lib.config_file import with_config
 from lib.data.layout import image_folder
 from lib.errors import InputError, InputWarning
 from lib.files import load_object
-from lib.flags import IntegerList, Parser, Ratios, check_kinds, given_flags
+from lib.flags import IntegerList, Parser, check_kinds, given_flags
+from lib.memory import check_fits
 from lib.methods import registry
 from lib.model.selection import CONTROLS
 from lib.ranges import check_ranges
 from lib.retrieval.flags import add_result_flags, add_way_flags, check_evaluation
+from lib.training.flags import add_amp_flag, add_optimizer_flags, add_training_flags
 from lib.training.trackers import tracker_names
 
 # What a data set changes in the defaults, for any other nothing; a flag given always wins.
@@ -166,72 +169,6 @@ def _add_gpu(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_amp(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision"
-    )
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=int, default=128, help="pairs per process")
-    group.add_argument("--num_epochs", type=int, default=30, help="times through the pairs")
-    group.add_argument("--max_violation", action="store_true", help="hardest negative throughout")
-    group.add_argument(
-        "--vse_mean_warmup_epochs",
-        type=int,
-        default=1,
-        help="epochs with the sum over negatives, before the hardest negative",
-    )
-    group.add_argument(
-        "--embedding_warmup_epochs",
-        type=int,
-        default=0,
-        help="number of the epoch over which the alignment loss rises from 0 (-1: none)",
-    )
-    group.add_argument(
-        "--grad_accum",
-        type=int,
-        default=1,
-        help="batches per optimizer step: their gradients are averaged, and negatives are taken "
-        "within each batch",
-    )
-    _add_amp(group)
-    group.add_argument("--compile", type=int, default=0, help="torch.compile the backbones")
-    group.add_argument(
-        "--skip_nonfinite", type=int, default=0, help="tolerated non-finite steps in a row"
-    )
-
-
-def _add_optimizer(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=float, default=2e-4, help="AdamW's")
-    group.add_argument(
-        "--backbone_lr_ratio",
-        action=Ratios,
-        default=0.1,
-        metavar="R",
-        help="the backbones' rate to that; two numbers: the image's,the text's",
-    )
-    group.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's")
-    group.add_argument("--beta2", type=float, default=0.999, help="AdamW's second beta")
-    group.add_argument("--grad_clip", type=float, default=2.0, help="gradient norm; 0: no limit")
-    group.add_argument(
-        "--lr_policy", default="step", choices=["step", "cosine"], help="how the rate falls"
-    )
-    group.add_argument(
-        "--lr_schedules",
-        action=IntegerList,
-        default=[9, 15, 20, 25],
-        metavar="EPOCH",
-        help="epochs of step decay, 9 15 20 25 or 9,15,20,25",
-    )
-    group.add_argument("--decay_rate", type=float, default=0.3, help="factor of step decay")
-    group.add_argument(
-        "--lr_warmup_steps", type=int, default=0, help="steps over which the rate rises"
-    )
-
-
 def _add_distributed(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes")
     group.add_argument("--multi_gpu", type=int, default=0, help="1: one process per GPU")
@@ -294,8 +231,8 @@ def train_parser() -> Parser:
         _add_data,
         _add_training_data,
         _add_run,
-        _add_training,
-        _add_optimizer,
+        add_training_flags,
+        add_optimizer_flags,
         _add_final_evaluation,
         _add_distributed,
         registry.add_model_arguments,
@@ -324,7 +261,7 @@ def eval_parser() -> Parser:
     group.add_argument(
         "--shard_size", type=int, default=None, help="pairs at once; default: as in training"
     )
-    _add_amp(group)
+    add_amp_flag(group)
     _add_gpu(group)
     group.add_argument(
         "--selection_control",
@@ -446,3 +383,13 @@ def check_train(args: argparse.Namespace) -> None:
         raise InputError("--scenes_size: give three numbers, train, dev and test")
     tracker_names(args.report_to)
     registry.check_arguments(args)
+    check_fits(batch_bytes(args), "a batch with its similarities")
+
+
+def batch_bytes(args: argparse.Namespace) -> dict[str, float]:
+    """Return the bytes that a training batch takes at least, by the flag that asks for them."""
+    height, width = (1, 1) if args.precomp else image_size(args.img_res)
+    named = f"--batch_size {args.batch_size}"
+    if height * width > args.batch_size:
+        named = f"--img_res {args.img_res}"
+    return {named: args.batch_size * (3.0 * height * width + 4.0 * args.batch_size)}

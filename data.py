@@ -32,6 +32,7 @@ from lib.data.splits import (
     load_split,
     region_dense_file,
     region_files,
+    warn_of_shared_images,
 )
 from lib.errors import InputError
 from lib.methods.encoder_flags import check_feature_cache
@@ -89,7 +90,10 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split | ShardSet
     missing = _missing_for_validation(args, needs_dense)
     if args.val_split != "held_out":  # a run that goes on stays with what it held out
         if missing is None:
-            return training, read_split(args, args.val_split, needs_dense)
+            validation = read_split(args, args.val_split, needs_dense)
+            if not args.precomp:  # the ids of regions are rows
+                warn_of_shared_images(validation, training.image_ids, training.name)
+            return training, validation
         args.val_split = "held_out"
     count = min(HELD_OUT_IMAGES, max(1, len(training.image_ids) // 20))
     log.say(

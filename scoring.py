@@ -26,11 +26,12 @@ from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
 from lib.data.fingerprint import split_fingerprint
-from lib.data.splits import Split
+from lib.data.splits import Split, ids_in, warn_of_shared_images
 from lib.errors import InputError
 from lib.files import check_destination
 from lib.methods.base import Method
 from lib.methods.registry import get_method
+from lib.model.encoders import warn_of_small_vocabulary
 from lib.model.precision import autocast_for
 from lib.model.selection import control_selection
 from lib.retrieval import outcome
@@ -164,6 +165,10 @@ def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device
     )
     if args.evaluate_cxc or args.evaluate_eccv:  # before the work
         check_order(load_labels(), gallery.image_ids, gallery.caption_images)
+    if not settings.precomp and args.split != "train":
+        train_ids = ids_in(settings.data_path, settings.dataset, "train")
+        warn_of_shared_images(split, train_ids, "train")
+    _warn_of_vocabulary(model, tokenizer)
     if model.dense_owner is not None and distributed.is_main():
         print(dense_cut(settings, split, tokenizer))
     pin = device.type == "cuda"
@@ -249,6 +254,12 @@ def _kept_area(member: Member, device: torch.device, autocast: Callable) -> dict
     coverage = scenes_coverage(settings, member.split, model.image_encoder.grid)
     found = named_area_kept(model, member.loaders, coverage, device, autocast)
     return {} if found is None else {"named_area": found}
+
+
+def _warn_of_vocabulary(model: Method, tokenizer: Any) -> None:
+    config = getattr(getattr(model.text_encoder, "backbone", None), "config", None)
+    if config is not None:
+        warn_of_small_vocabulary(tokenizer.vocab_size, config.vocab_size, "the checkpoint")
 
 
 def _check_destinations(checkpoint: Path, args: argparse.Namespace) -> None:

@@ -32,6 +32,17 @@ def read_text(path: str | os.PathLike, hint: str = "") -> str:
         raise InputError(f"{path}:{line}: not UTF-8; convert the file to UTF-8") from None
 
 
+def split_lines(text: str) -> list[str]:
+    """Return the lines, split at newlines alone (a caption may hold other Unicode separators)."""
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def text_lines(path: str | os.PathLike, hint: str) -> list[str]:
+    """Return the lines of a UTF-8 file; InputError, with the hint, where it can't be read."""
+    return split_lines(read_text(path, hint))
+
+
 def parse_json(text: str, where: str, kind: str = "JSON") -> Any:
     """Return what JSON text holds. Raises InputError naming `where` and, below line 1, the line.
 

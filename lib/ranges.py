@@ -57,7 +57,7 @@ RANGES = _table(
         Range(0, MOST),
         "rerank workers gpu_id feature_views lora_rank log_step skip_nonfinite max_bad_images"
         " lr_warmup_steps max_dense_word"
-        " vse_mean_warmup_epochs warmup rank local_rank retries check random",
+        " vse_mean_warmup_epochs warmup rank local_rank retries check random examples",
     ),
     reals_from_zero=(
         Range(0),
@@ -87,6 +87,7 @@ RANGES = _table(
     ),
     seeds=(Range(0, 2**63 - 1), "seed seeds"),
     percents=(Range(0, 100, low_open=True, high_open=True), "level"),
+    ports=(Range(1, 65535), "port"),
     epochs_or_none=(Range(-1, MOST), "embedding_warmup_epochs"),
     words=(Range(3, MOST, hint="a number of at least 3: [CLS], word, [SEP]"), "max_word"),
     lists=(Range(0, MOST), "lr_schedules scenes_size images"),

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {"train", "eval", "arguments", "data", "scoring", "vocab"}
 GROUND = {
     f"lib.{name}"
-    for name in "errors ranges flags batch config_file distributed files program rendezvous".split()
+    for name in """errors ranges flags memory batch config_file distributed files program
+    rendezvous""".split()
 }
 CONTRACT = {"lib.methods", "lib.methods.base", "lib.methods.registry"}
 FAMILIES = {"laps_family", "pooled", "sgraf_family", "d2s_family"}
@@ -30,6 +31,7 @@ GROUND_MAY = {  # of the ground floor, who may import whom
     "lib.files": {"lib.errors"},
     "lib.ranges": {"lib.errors"},
     "lib.flags": {"lib.errors", "lib.ranges"},
+    "lib.memory": {"lib.errors"},
     "lib.rendezvous": {"lib.errors"},
     "lib.distributed": {"lib.errors", "lib.batch", "lib.rendezvous"},
     "lib.config_file": {"lib.errors", "lib.files"},

@@ -52,11 +52,11 @@ def parser() -> Parser:
     whole = Parser("tools.report", description=__doc__)
     whole.add_argument("runs", nargs="+", metavar="RUN", help="run folders that were evaluated")
     whole.add_argument("--out", default=None, metavar="FILE", help="default: RUN/report.html")
-    whole.add_argument("--title", default=None)
+    whole.add_argument("--title", default=None, help="of the page")
     whole.add_argument("--examples", type=int, default=4, help="best and worst queries; 0: none")
     whole.add_argument("--data_path", default=None, help="root of the data sets, where it moved")
     whole.add_argument("--image_path", default=None, metavar="DIR", help="image folder")
-    whole.add_argument("--device", default="cpu")
+    whole.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     return whole
 
 

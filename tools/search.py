@@ -13,8 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.batch import Batch
-from lib.data.splits import parse_dense, text_lines
+from lib.data.dense_texts import parse_dense
 from lib.errors import InputError
+from lib.files import text_lines
 from lib.flags import Parser
 from lib.program import program, run_program
 from lib.retrieval.index import Part, PictureIndex, Plan, find_pictures, merge_indices

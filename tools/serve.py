@@ -65,7 +65,9 @@ def parser() -> Parser:
     whole = Parser("tools.serve", description=__doc__)
     whole.add_argument("index", metavar="INDEX", help="made by python -m tools.search index")
     whole.add_argument("--port", type=int, default=7860, help="on 127.0.0.1")
-    whole.add_argument("--example", nargs="+", default=list(EXAMPLES), metavar="TEXT")
+    whole.add_argument(
+        "--example", nargs="+", default=list(EXAMPLES), metavar="TEXT", help="queries to click on"
+    )
     whole.add_argument("--faiss", default="auto", choices=KINDS, help="kind of shortlist")
     add_checkpoint_flags(whole, required=False)
     return whole

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from lib.data.dense_texts import dense_records, first_three, read_dense, texts_in_order
 from lib.data.layout import (
     caption_source,
     dataset_folder,
@@ -19,8 +22,8 @@ from lib.data.layout import (
     image_folder,
     image_source,
 )
-from lib.errors import InputError, as_input_error
-from lib.files import check_file, load_json, parse_json, read_text
+from lib.errors import InputError, InputWarning, as_input_error
+from lib.files import check_file, load_json, text_lines
 
 REGION_SOURCE = (
     "SCAN's features of f30k and coco are at "
@@ -88,10 +91,11 @@ def load_split(
     files = [os.path.join(root, name) for name in names]
     if check_images:
         _check_images(root, files, dataset)
+        warn_of_shared_files(files, folder / "id_mapping.json")
     dense = None
     if needs_dense:
         way_out = dense_way_out(data_path, dataset, split)
-        dense = _read_dense(dense_file(data_path, dataset, split), image_ids, names, way_out)
+        dense = read_dense(dense_file(data_path, dataset, split), image_ids, names, way_out)
     rows = np.array([row_of[image_id] for image_id in line_ids], dtype=np.int64)
     return Split(dataset, split, captions, image_ids, files, rows, dense)
 
@@ -190,7 +194,7 @@ def _region_lengths(path: Path, images: int, width: int) -> np.ndarray:
 
 def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images: int) -> list[str]:
     path = region_dense_file(data_path, dataset, split)
-    return _texts_in_order(_dense_records(path, dense_way_out(data_path, dataset, split)), path, images)
+    return texts_in_order(dense_records(path, dense_way_out(data_path, dataset, split)), path, images)
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
@@ -224,17 +228,6 @@ def _subset(split: Split, chosen: np.ndarray, name: str) -> Split:
         dense=None if split.dense is None else take(split.dense),
         regions=None if split.regions is None else split.regions.taken(rows),
     )
-
-
-def _split_lines(text: str) -> list[str]:
-    """Return the lines, split at newlines alone (a caption may hold other Unicode separators)."""
-    lines = text.split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def text_lines(path: Path, hint: str) -> list[str]:
-    """Return the lines of a UTF-8 file; InputError, with the hint, where it can't be read."""
-    return _split_lines(read_text(path, hint))
 
 
 def _read_lines(path: Path, what: str, hint: str) -> list[str]:
@@ -276,7 +269,7 @@ def _image_names(path: Path, image_ids: list[str], dataset: str, required: bool)
     if unknown:
         raise InputError(
             f"{path}: no file name for {len(unknown)} of {len(image_ids)} image ids "
-            f"({_first_three(unknown)}); add them to the mapping"
+            f"({first_three(unknown)}); add them to the mapping"
         )
     return [mapping[one] for one in image_ids]
 
@@ -295,69 +288,38 @@ def _check_images(root: Path, files: list[str], dataset: str) -> None:
             missing.append(file)
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(files)} images are missing ({_first_three(missing)}); "
+            f"{len(missing)} of {len(files)} images are missing ({first_three(missing)}); "
             f"{image_source(dataset)}"
         )
 
 
-def _read_dense(
-    path: Path, image_ids: list[str], names: list[str], way_out: str
-) -> list[str]:
-    """Return one dense text an image, matched by `image_id`, else `file_name`, else by order."""
-    records = _dense_records(path, way_out)
-    if any("image_id" in record for record in records):
-        texts = _texts_by_key(records, "image_id", path)
-        found = [texts.get(one) for one in image_ids]
-    elif any("file_name" in record for record in records):
-        texts = _texts_by_key(records, "file_name", path)
-        found = [texts.get(name, texts.get(os.path.basename(name))) for name in names]
-    else:
-        return _texts_in_order(records, path, len(image_ids))
-    without = [one for one, text in zip(image_ids, found, strict=False) if text is None]
-    if without or len(found) < len(image_ids):
-        raise InputError(
-            f"{path}: no dense text for {len(without) or len(image_ids)} of {len(image_ids)} "
-            f"images (image ids {_first_three(without or image_ids)}); {way_out}"
+def warn_of_shared_files(files: Sequence[str], source: Path) -> None:
+    """Warn where several image ids have one file: an image is then taken for its own negative."""
+    ids_of = Counter(files)
+    several = [file for file, count in ids_of.items() if count > 1]
+    if several:
+        ids = sum(ids_of[file] for file in several)
+        warnings.warn(
+            f"{source}: {ids} of {len(files)} image ids share {len(several)} files "
+            f"({first_three(several)}); an image that has several ids is its own negative",
+            InputWarning,
+            stacklevel=3,
         )
-    return found
 
 
-def _dense_records(path: Path, way_out: str) -> list[dict]:
-    if not path.exists():
-        raise InputError(f"the method needs dense texts, but there is no {path}; {way_out}")
-    lines = text_lines(path, way_out)
-    return [parse_dense(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
-
-
-def _texts_in_order(records: list[dict], path: Path, images: int) -> list[str]:
-    if len(records) != images:
-        raise InputError(
-            f"{path} has {len(records)} dense texts, but the split has {images} images; "
-            "texts matched by order must follow the images one by one"
+def warn_of_shared_images(split: Split, others: Iterable[str], other_name: str) -> None:
+    """Warn where images of a split are among the image ids of another."""
+    both = set(split.image_ids) & set(others)
+    if both:
+        warnings.warn(
+            f"{len(both)} of {len(split.image_ids)} images of {split.name} are in {other_name} too "
+            f"(image ids {first_three(sorted(both))}); what is measured on them is too good",
+            InputWarning,
+            stacklevel=2,
         )
-    return [record["text"] for record in records]
 
 
-def parse_dense(line: str, where: str) -> dict:
-    """Return the record of a .jsonl line with a dense text; InputError naming `where` otherwise."""
-    record = parse_json(line, where, "a JSON line")
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f'{where}: the line needs a non-empty "text"')
-    return record
-
-
-def _texts_by_key(records: list[dict], key: str, path: Path) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for line, record in enumerate(records, start=1):
-        if key not in record:
-            raise InputError(f'{path}:{line}: no "{key}", which other lines have')
-        value = str(record[key])
-        if value in texts:
-            raise InputError(f"{path}:{line}: {key} {value} has a dense text already")
-        texts[value] = record["text"]
-    return texts
-
-
-def _first_three(items: Sequence[str]) -> str:
-    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")
+def ids_in(data_path: str | os.PathLike, dataset: str, split: str) -> list[str]:
+    """Return the image ids in a split's file, none where there is no such file."""
+    path = Path(data_path) / dataset / f"{file_stem(dataset, split)}_ids.txt"
+    return [line.strip() for line in text_lines(path, "")] if path.is_file() else []

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from lib.errors import InputError, as_input_error, first_line
 from lib.files import check_folder, load_object
+from lib.memory import check_fits, transformer_bytes
 from lib.model.timm_backbones import TimmConfig
 
 HUB_IDS = {
@@ -129,9 +130,19 @@ def load_backbone(source: str | PretrainedConfig, flag: str) -> nn.Module:
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options["add_pooling_layer"] = False
     if isinstance(source, PretrainedConfig):
+        _check_size(config, flag)
         with as_input_error(f"{flag}: no such network can be built"):
             return kind(config, **options).float()
     return _pretrained(kind, source, config, flag, options).float()
+
+
+def _check_size(config: PretrainedConfig, flag: str) -> None:
+    """Raise InputError where a network of this config can't fit, or its numbers are none."""
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    sizes = [getattr(config, name, 0) or 0 for name in (*names, "max_position_embeddings")]
+    if all(isinstance(one, int) and one >= 0 for one in sizes):
+        told = f"{flag} (width {sizes[0]}, {sizes[1]} layers, {sizes[4]} positions)"
+        check_fits({told: transformer_bytes(*sizes)}, "its network")
 
 
 def _pretrained(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lib.batch import Tokens, image_size, length_mask
-from lib.errors import InputError
+from lib.errors import InputError, InputWarning
+from lib.memory import check_fits
 from lib.model.backbones import (
     freeze_unreached,
     hub_id,
@@ -28,7 +30,10 @@ from lib.model.timm_backbones import PREFIX, TimmConfig, build_timm, timm_prepro
 
 
 def _projection(width: int, embed_size: int) -> nn.Module:
-    return nn.Identity() if width == embed_size else nn.Linear(width, embed_size)
+    if width == embed_size:
+        return nn.Identity()
+    check_fits({f"--embed_size {embed_size}": 4.0 * width * embed_size}, "the projection")
+    return nn.Linear(width, embed_size)
 
 
 class _Freezable(nn.Module):
@@ -199,6 +204,7 @@ def image_filter(encoder: nn.Module | None) -> str:
     return encoder.preprocessing.resample if isinstance(encoder, ImageEncoder) else "bicubic"
 
 
+ROUNDED_UP = 128  # tables are made a multiple of 8, 64 or 128 rows long
 PREPROCESSING = "preprocessing"  # key beside the backbone's own config in a checkpoint
 
 
@@ -244,6 +250,20 @@ def build_image_encoder(
     return ImageEncoder(backbone, embed_size, img_res, preprocessing)
 
 
+def warn_of_small_vocabulary(words: int, rows: int, source: str) -> None:
+    """Warn where a vocabulary has fewer words than the encoder's table has rows.
+
+    Not for the few rows that round a table's size up.
+    """
+    if rows - words > ROUNDED_UP:
+        warnings.warn(
+            f"{source}: the vocabulary has {words} words, the encoder {rows}; with a vocabulary "
+            "that is not the encoder's own, its words mean nothing",
+            InputWarning,
+            stacklevel=2,
+        )
+
+
 def build_text_encoder(
     bert_path: str,
     embed_size: int,
@@ -271,6 +291,9 @@ def build_text_encoder(
             f"--bert_path {bert_path}: the vocabulary has {vocab_size} words, "
             f"the encoder {encoder.backbone.config.vocab_size}"
         )
+    if isinstance(source, str):
+        rows = encoder.backbone.config.vocab_size
+        warn_of_small_vocabulary(vocab_size, rows, f"--bert_path {bert_path}")
     if max_word > encoder.max_positions:
         raise InputError(
             f"--max_word {max_word} is more than the {encoder.max_positions} positions "

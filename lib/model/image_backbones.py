@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from lib.errors import InputError, first_line
+from lib.memory import check_fits
 from lib.model.backbones import freeze_unreached
 
 CLS_NAMES = ("cls_token", "class_embedding", "class_token")  # parameters that are a [CLS]
@@ -54,6 +55,7 @@ def token_layout(backbone: nn.Module, size: tuple[int, int]) -> TokenLayout:
     Parameters that the tokens do not depend on lose their gradient. Raises InputError where the
     backbone can't read that size or its output is no grid of patches after a few other tokens.
     """
+    _check_size(backbone, size)
     training = backbone.training
     backbone.eval()
     try:
@@ -75,6 +77,17 @@ def token_layout(backbone: nn.Module, size: tuple[int, int]) -> TokenLayout:
             f"{grid[0]} x {grid[1]} patches; this image encoder is not supported"
         )
     return TokenLayout(grid, has_cls, registers, hidden.shape[2])
+
+
+def _check_size(backbone: nn.Module, size: tuple[int, int]) -> None:
+    """Raise InputError where an image of this size, or one head's attention to it, can't fit."""
+    patch = getattr(backbone.config, "patch_size", None)
+    pixels = 12.0 * size[0] * size[1]
+    patches = size[0] * size[1] / patch**2 if isinstance(patch, int) and patch > 0 else 0
+    if hasattr(backbone.config, "depths"):
+        patches = 0  # attends within windows
+    asked = {f"--img_res {describe(size)}": pixels + 4.0 * patches**2}
+    check_fits(asked, "one image in the image encoder")
 
 
 def patch_grid(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lib.data.splits import parse_dense, text_lines
+from lib.data.dense_texts import parse_dense
 from lib.errors import InputError
+from lib.files import text_lines
 from vocab import load_tokenizer
 
 LONGEST = 90  # where --max_word cuts captions, and, left at 0, --max_dense_word dense texts

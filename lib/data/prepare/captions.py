@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.data.splits import text_lines
+from lib.files import text_lines
 from lib.errors import InputError
 
 IMAGE_COLUMNS = "image file_name filename image_name image_path filepath file path img photo".split()

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.data.layout import SPLITS
 from lib.data.prepare.photos import Photo
-from lib.data.splits import text_lines
+from lib.files import text_lines
 from lib.errors import InputError
 
 
