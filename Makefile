@@ -63,7 +63,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 figure: $(VENV)/.installed-dev
-	$(BIN)/python -m tools.visualize --checkpoint runs/demo/model_best.pth --image 4200 --out imgs --name seps
+	$(BIN)/python -m tools.visualize --checkpoint runs/demo/model_best.pth --image 4200 \
+	  --captions 4 --out runs/figure --name demo
+	cp runs/figure/demo_captions.png imgs/kept_patches.png
+	cp runs/figure/demo_1.png imgs/pair.png
 
 compare: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.compare --dataset scenes

@@ -32,11 +32,11 @@ CURVES = {  # heading -> the tags of TensorBoard that begin so
 LENGTHS = (0, 6, 9, 12, 15, 20, 10**9)  # words of a caption: the bounds of the groups
 STYLE = """
 :root {color-scheme: light}
-body {font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 0 auto;
+body {font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 0 auto;
   padding: 16px; overflow-wrap: anywhere}
 h1 {font-size: 1.6em} h2 {border-bottom: 1px solid #ccc; margin-top: 2em}
 table {border-collapse: collapse; font-size: 0.9em; font-variant-numeric: tabular-nums}
-th, td {padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd}
+th, td {padding: 3px 7px; text-align: right; border-bottom: 1px solid #ddd}
 th:first-child, td:first-child {text-align: left}
 th, td {white-space: nowrap; overflow-wrap: normal}
 .flags td {white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top}
