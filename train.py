@@ -113,8 +113,9 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     features = open_features(args, model.image_encoder, read, device, log.say)
     if training.dense is not None:
         log.say(dense_cut(args, training, tokenizer, training=True))
-    splits = training, validation
-    trainer = build_trainer(args, model, tokenizer, splits, device, log, cache, features)
+    trainer = build_trainer(
+        args, model, tokenizer, (training, validation), device, log, cache, features
+    )
     about = args, tokenizer.vocabulary, data
     trainer.describe = lambda: run_payload(model, trainer.progress, *about)
     if distributed.world_size() > 1:
@@ -128,8 +129,8 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
     log.open_curves(trainer.progress.step)
     log.arguments(args)
     distributed.on_main(lambda: tokenizer.save(args.logger_name))
-    parameters = sum(p.numel() for p in model.parameters())
-    log.say(f"{parameters:,} parameters, {trainer.batches_per_epoch} steps an epoch")
+    weights = sum(p.numel() for p in model.parameters())
+    log.say(f"{weights:,} parameters, {trainer.batches_per_epoch} steps an epoch")
     finished = trainer.fit()
     if finished:
         log.say(f"done: best rSum {trainer.progress.best_rsum:.1f} in {args.logger_name}/{BEST}")
@@ -224,10 +225,8 @@ def _arguments_of_resumed(
     _check_folder(args)
     if args.resume is None:
         return args
-    saved = Path(args.resume) / "args.json"
-    return parse_train(
-        argv, saved_arguments=saved, logger_name=args.resume, resume=args.resume, overwrite=0
-    )
+    fixed = {"logger_name": args.resume, "resume": args.resume, "overwrite": 0}
+    return parse_train(argv, saved_arguments=Path(args.resume) / "args.json", **fixed)
 
 
 def _check_folder(args: argparse.Namespace) -> None:

@@ -288,10 +288,10 @@ def test_the_probe_finds_that_there_is_no_compiler(scenes_path, tmp_path):
     assert "this machine can't compile" in (folder / "train.log").read_text()
 
 
-@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+@pytest.mark.parametrize("program", [["train.py"], ["eval.py"], ["-m", "tools.search"]])
 def test_ctrl_c_while_the_libraries_load_gives_no_traceback(program):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / program), "--dataset", "f30k"],
+        [sys.executable, *program, "--help"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
