@@ -358,6 +358,8 @@ def open_features(
     missing = cache.missing(wanted)
     if distributed.is_main():
         cache.describe({"image encoder": args.vit_type, "img_res": args.img_res, "amp": args.amp})
+    if cache.views == 0 and any(augment for _, augment in splits):
+        say("--feature_cache keeps plain images, not cropped or flipped: --feature_views N adds N")
     size = len(missing) * cache.entry_bytes / 2**30
     say(
         f"feature cache {cache.folder}: {len(wanted) - len(missing)} views of images there, "
