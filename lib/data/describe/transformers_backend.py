@@ -44,14 +44,15 @@ class TransformersBackend:
         torch.manual_seed(seed)
 
     def _load(self, dtype: torch.dtype, device_map: str | None) -> tuple[Any, Any]:
-        from transformers import AutoModelForImageTextToText, AutoProcessor  # slow to import
+        import transformers  # slow
 
+        # transformers 4.45 has the older name alone
+        newer = getattr(transformers, "AutoModelForImageTextToText", None)
+        kind = newer or transformers.AutoModelForVision2Seq
         placed = {} if device_map is None else {"device_map": device_map}
         try:
-            processor = AutoProcessor.from_pretrained(self.name)
-            model = AutoModelForImageTextToText.from_pretrained(
-                self.name, torch_dtype=dtype, **placed
-            )
+            processor = transformers.AutoProcessor.from_pretrained(self.name)
+            model = kind.from_pretrained(self.name, torch_dtype=dtype, **placed)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             told = (str(error).strip().splitlines() or [type(error).__name__])[0]
             local = "the folder" if Path(self.name).is_dir() else "the model"
