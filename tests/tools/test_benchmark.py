@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from tools.benchmark.__main__ import main
 from tools.benchmark.cases import Case, call_of, fewer_captions, least_work, pair_flops
 from tools.benchmark.lengths import draw_lengths, histogram
 from tools.benchmark.loop import LOOPS, PEERS
-from tools.benchmark.measure import rss_peak
+from tools.benchmark.measure import rss_peak, seconds_of
 from tools.benchmark.report import judge, page
 
 SMALL = ["--patches", "9", "--embed_size", "16", "--batch", "3", "--repeats", "1"]
@@ -89,7 +90,7 @@ def test_fewer_captions_are_spread_over_lengths():
 def test_similarity_command(tmp_path, capsys):
     path = tmp_path / "rows.json"
     flags = ["--words", "real,4", "--mode", "eval,hardest", "--captions", "6"]
-    rest = ["--loop_captions", "2", "--memory", "0", "--json", str(path)]
+    rest = ["--loop_captions", "2", "--memory", "0", "--clock", "cpu", "--json", str(path)]
     assert main(["similarity", "--method", "laps", *SMALL, *flags, *rest]) == 0
     found = json.loads(path.read_text())
     assert found["command"].startswith("python -m tools.benchmark similarity --method laps")
@@ -102,6 +103,7 @@ def test_similarity_command(tmp_path, capsys):
         "laps hardest 9 patches 4 words 3x3",
     ]
     assert [row["loop_pairs"] for row in rows] == [6, 6, 9, 9]
+    assert {row["clock"] for row in rows} == {"cpu"}
     assert all(row["ours"] > 0 and row["loop"] > 0 and 0 < row["share"] < 1 for row in rows)
     assert all(row["ratio"] == pytest.approx(row["ours"] / row["loop"]) for row in rows)
     printed = capsys.readouterr().out.splitlines()
@@ -227,6 +229,12 @@ def test_least_work_by_hand():
 def take_memory(mebibytes: int):
     """A call that holds so much for a moment, and a small one."""
     return (lambda: None), (lambda: torch.ones(mebibytes * 2**18).sum())
+
+
+def test_the_cpu_clock_does_not_count_waiting():
+    device = torch.device("cpu")
+    assert seconds_of(lambda: time.sleep(0.2), device) >= 0.2
+    assert seconds_of(lambda: time.sleep(0.2), device, "cpu") < 0.1
 
 
 def test_peak_memory_is_that_of_the_call():

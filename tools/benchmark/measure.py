@@ -20,6 +20,7 @@ from lib.model.precision import DTYPES
 
 MEBI = 2**20
 PATIENCE = 0.2  # seconds of a product beyond which no larger one is tried
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STATUS = Path("/proc/self/status")
 
 
@@ -32,6 +33,13 @@ def add_measuring(parser: argparse.ArgumentParser, repeats: int = 3) -> None:
         default=None,
         choices=["off", "bf16"],
         help="arithmetic of both ways; default: off on the CPU, bf16 on CUDA",
+    )
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=sorted(CLOCKS),
+        help="cpu: the process's CPU seconds, which other work on the machine hardly touches; "
+        "with one thread (OMP_NUM_THREADS=1), as threads that wait count too",
     )
     parser.add_argument("--memory", type=int, default=1, help="0: peak memory is not measured")
 
@@ -85,17 +93,17 @@ def chosen_list(text: str, flag: str, known: tuple[str, ...]) -> list[str]:
 # --- seconds -------------------------------------------------------------------------------------
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Return how long one call takes, the device's work included."""
+def seconds_of(call: Callable[[], Any], device: torch.device, clock: str = "wall") -> float:
+    """Return how long one call takes by a clock of `CLOCKS`, the device's work included."""
     _finish(device)
-    started = time.perf_counter()
+    started = CLOCKS[clock]()
     call()
     _finish(device)
-    return time.perf_counter() - started
+    return CLOCKS[clock]() - started
 
 
 def side_by_side(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, clock: str = "wall"
 ) -> dict[str, float]:
     """Return each call's median seconds; the calls take turns, after one warm-up each.
 
@@ -106,7 +114,7 @@ def side_by_side(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            seconds[name].append(seconds_of(call, device))
+            seconds[name].append(seconds_of(call, device, clock))
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 

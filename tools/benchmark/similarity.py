@@ -184,7 +184,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     device = torch_device(case.device)
     captions = loop_captions(case, args)
     fits = loop_memory(case) < USABLE * free_memory(device)
-    seconds = time_case(case, captions if fits else None, args.repeats, device)
+    seconds = time_case(case, captions if fits else None, args.repeats, device, args.clock)
     row = {
         "name": case.name,
         "unit": "pairs/s",
@@ -194,6 +194,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "loop_pairs": case.images * captions if fits else 0,
         "mean_words": sum(case.lengths) / case.captions,
         "amp": case.amp,
+        "clock": args.clock,
         **roofline(least_work(case), seconds["ours"], device, case.amp),
     }
     if args.memory:
@@ -205,7 +206,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_case(
-    case: Case, captions: int | None, repeats: int, device: torch.device
+    case: Case, captions: int | None, repeats: int, device: torch.device, clock: str = "wall"
 ) -> dict[str, float]:
     """Return the median seconds of ours and, where `captions` says on how many, of the loop."""
     images, texts = case.image_tokens(), case.text_tokens()
@@ -213,7 +214,7 @@ def time_case(
     if captions is not None:
         some = fewer_captions(texts, captions)
         calls = {"loop": call_of(case, "loop", case.model("loop"), images, some), **calls}
-    return side_by_side(calls, repeats, device)
+    return side_by_side(calls, repeats, device, clock)
 
 
 def peak_memory(case: Case, way: str, captions: int, device: torch.device) -> int | None:
