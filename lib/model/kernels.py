@@ -40,7 +40,7 @@ except ImportError:  # macOS, Windows and CPU wheels of torch come without it
     triton = None
 
 PAIRS = 2**16  # of a call: scores of 50 MB at L = 196
-PAIRS_ON_CPU = 2**13
+PAIRS_ON_CPU = 2**10
 PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
 FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
 # A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.
@@ -124,7 +124,7 @@ def fused_matches(
 ) -> tuple[Tensor, Tensor] | None:
     """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
 
-    None where PyTorch must serve: on the CPU for numbers that are not finite or too far apart, on
+    None where PyTorch must serve: on the CPU see `native.matches`; on
     CUDA, with a warning and from then on, where a program does not build.
 
     scores (B_v, T, L) rank the patches, of which the `k` best are kept; logits (B_v, N_c, L) weigh

@@ -29,6 +29,7 @@ FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-shared")
 OFF = "SEPS_NATIVE"  # set to 0, this variable leaves the work to PyTorch
 LANES = 8  # as in native.c
 PRODUCT_BYTES = 4 * 2**20  # patch-word products alive at once: they stay near the caches
+DIRECT_COST = 1.45  # of a multiply-add in PyTorch's direct form, its other passes included
 LARGEST_EXPONENT = 60.0  # of a logit below its image's largest: exp(-60) is a normal float
 
 
@@ -89,6 +90,12 @@ def _processor() -> str:
     return f"{sys.platform} {platform.machine()} {platform.processor()} {flags}"
 
 
+def pays(tokens: int, patches: int, width: int, words: float, k: int) -> bool:
+    """Return whether this is faster than PyTorch's direct form, as it is but for long captions."""
+    ours = patches * width * words + tokens * k * (k / 2 + words)
+    return ours < DIRECT_COST * tokens * width * (patches + words)
+
+
 def matches(
     scores: Tensor,
     logits: Tensor,
@@ -102,10 +109,13 @@ def matches(
     fused_counts: bool = True,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return what `kernels.fused_matches` tells; None where a number is not finite or too far off.
+    """Return what `kernels.fused_matches` tells; None where PyTorch must serve.
 
-    Then PyTorch must serve: it hands NaN on, and softmax weights of any logits.
+    It hands NaN on, takes logits that lie any distance apart, and is faster with long captions.
     """
+    mean = float(word_mask.sum()) / max(1, len(words))
+    if not pays(logits.shape[1], *patches.shape[1:], mean, k):
+        return None
     tops = logits.amax(2, keepdim=True)
     apart = logits.numel() and float((tops - logits).amax())
     if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words):

@@ -12,6 +12,14 @@ from tests.model.test_kernels import assert_agrees, random_case
 compiled = pytest.mark.skipif(not native.is_available(), reason="no C compiler here")
 
 
+pays = native.pays
+
+
+@pytest.fixture(autouse=True)
+def _serve_any_size(monkeypatch):
+    monkeypatch.setattr(native, "pays", lambda *sizes: True)
+
+
 @compiled
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("fixed", [0, 2])
@@ -139,6 +147,14 @@ def test_without_the_compiled_code_pytorch_serves(broken, monkeypatch, tmp_path)
     with torch.no_grad():
         assert not model.is_fused
         assert model.similarity(*encode(model, pair_inputs(4, "laps"))).isfinite().all()
+
+
+def test_long_captions_are_left_to_the_direct_form(monkeypatch):
+    assert pays(39, 196, 512, 14, 98)
+    assert not pays(39, 196, 512, 88, 98)
+    assert pays(115, 576, 512, 60, 288)  # ViT-384
+    monkeypatch.setattr(native, "pays", pays)
+    assert native.matches(**random_case(49, 90, 1, 1, False), k=25) is None
 
 
 @compiled

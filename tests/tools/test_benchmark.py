@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lib.batch import Tokens
-from tools.benchmark import evaluate, similarity, step
+from tools.benchmark import evaluate, scale, similarity, step
 from tools.benchmark.__main__ import main
 from tools.benchmark.cases import Case, call_of, fewer_captions, least_work, pair_flops
 from tools.benchmark.lengths import draw_lengths, histogram
@@ -155,6 +155,28 @@ def test_seps_is_measured_against_the_released_network():
     ours = call_of(case, "ours", case.model(), images, texts)()
     alone = case.model().similarity(images, Tokens(texts.local, texts.mask))
     torch.testing.assert_close(ours, alone, rtol=0, atol=1e-5)
+
+
+def test_scale_command_fits_exponents(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    flags = ["--images", "8,16", "--batches", "4,8", "--memory", "0", "--json", str(path)]
+    assert main(["scale", *flags]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == [
+        *("evaluation 8", "evaluation 16", "evaluation growth"),
+        *("epoch 8", "epoch 16", "epoch growth"),
+        *("step 4", "step 8", "step growth"),
+    ]
+    assert "time ~ n^" in capsys.readouterr().out
+
+
+def test_growth_is_judged_against_that_of_the_pairs():
+    rows = [{"ours": 3.0, "ours_memory": 10}, {"ours": 12.0, "ours_memory": 20}]
+    fine = scale.growth("step", [4, 8], rows, most=2)
+    assert fine["exponents"] == {"time": pytest.approx(2), "memory": pytest.approx(1)}
+    assert fine["met"]
+    assert not scale.growth("epoch", [4, 8], rows, most=1)["met"]
+    assert scale.exponent([4], [1.0]) is None
 
 
 def test_step_command(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Measure against the field's way: python -m tools.benchmark similarity|step|evaluate|input."""
+"""Measure: python -m tools.benchmark similarity|step|evaluate|input|scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from lib.files import check_destination, write_json
 from lib.flags import Parser
 from lib.program import program, run_program
-from tools.benchmark import evaluate, input, lengths, report, similarity, step
+from tools.benchmark import evaluate, input, lengths, report, scale, similarity, step
 from tools.benchmark.measure import torch_device
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "step": step,
     "evaluate": evaluate,
     "input": input,
+    "scale": scale,
     "lengths": lengths,
 }
 
