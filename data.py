@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from arguments import image_path
 from lib import distributed
 from lib.batch import image_size
-from lib.data.features import FeatureCache, Key, fill, wanted_views
+from lib.data.features import FeatureCache, fill_share, wanted_views
 from lib.data.image_cache import ImageCache
 from lib.data.layout import dense_file, dense_way_out, describe_command
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
@@ -37,7 +35,7 @@ from lib.data.splits import (
 from lib.errors import InputError
 from lib.methods.encoder_flags import check_feature_cache
 from lib.methods.registry import get_method
-from lib.model.encoders import ImageEncoder
+from lib.model.encoders import ImageEncoder, frozen_states
 from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import SplitLoaders
 from lib.retrieval.similarity import shard
@@ -365,48 +363,16 @@ def open_features(
         f"feature cache {cache.folder}: {len(wanted) - len(missing)} views of images there, "
         f"{len(missing)} to encode ({size:.1f} GiB)"
     )
-    _fill_share(args, encoder, cache, missing, device, say)
-    distributed.barrier()
-    return cache
-
-
-def _fill_share(
-    args: argparse.Namespace,
-    encoder: ImageEncoder,
-    cache: FeatureCache,
-    missing: Sequence[Key],
-    device: torch.device,
-    say: Callable[[str], None],
-) -> None:
-    """Encode this process's share of the `missing` views."""
-    share = missing[distributed.rank() :: distributed.world_size()]
-    if not share:
-        return
-    autocast = autocast_for(args.amp, device)
-    training, started = encoder.training, time.perf_counter()
-    encoder.eval()
-
-    @torch.inference_mode()
-    def encode(pixels: Tensor) -> Tensor:
-        with autocast():
-            return encoder.hidden(pixels.to(device)).float()
-
-    with tqdm(total=len(share), desc="encoding images", unit="image", ncols=80) as bar:
-        bad = fill(
-            cache,
-            share,
-            encode,
-            encoder.img_res,
-            resample=encoder.preprocessing.resample,
-            workers=args.workers,
-            progress=lambda done: _show(bar, done, len(share)),
-        )
-    encoder.train(training)
-    seconds = time.perf_counter() - started
-    say(
-        f"encoded {len(share) - bad} views in {seconds:.0f} s, {len(share) / seconds:.1f} images/s"
-        + (f"; {bad} could not be decoded" if bad else "")
+    fill_share(
+        cache,
+        missing,
+        frozen_states(encoder, device, autocast_for(args.amp, device)),
+        encoder.img_res,
+        resample=encoder.preprocessing.resample,
+        workers=args.workers,
+        say=say,
     )
+    return cache
 
 
 def _resample(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from lib.data.images import CROP_RATIO, CROP_SCALE, random_crop_and_flip
 from lib.data.sources import ImageFolderSource, Sample, seeded_generator
+from lib.distributed import barrier, rank, world_size
 from lib.errors import InputError
 from lib.files import write_json
 
@@ -232,3 +235,37 @@ def fill(
         done += len(views)
         progress(done)
     return bad
+
+
+def fill_share(
+    cache: FeatureCache,
+    missing: Sequence[Key],
+    encode: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+    *,
+    resample: str = "bicubic",
+    workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Encode this process's share of the `missing` views as `fill` does, and wait for the others.
+
+    `say` tells how many and how fast.
+    """
+    share = missing[rank() :: world_size()]
+    if share:
+        started = time.perf_counter()
+        with tqdm(total=len(share), desc="encoding images", unit="image", ncols=80) as bar:
+            bad = fill(
+                cache,
+                share,
+                encode,
+                size,
+                resample=resample,
+                workers=workers,
+                progress=lambda done: bar.update(done - bar.n),
+            )
+        seconds = time.perf_counter() - started
+        told = f"; {bad} could not be decoded" if bad else ""
+        rate = len(share) / seconds
+        say(f"encoded {len(share) - bad} views in {seconds:.0f} s, {rate:.1f} images/s{told}")
+    barrier()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -363,3 +365,20 @@ class EncoderSource:
         elif self.lora_rank:
             add_lora(encoder.backbone, self.lora_rank)
         return encoder
+
+
+def frozen_states(
+    encoder: ImageEncoder, device: torch.device, autocast: Callable[[], AbstractContextManager]
+) -> Callable[[Tensor], Tensor]:
+    """Return what takes pixels (B, 3, H, W) to `encoder.hidden` of them, float32, in evaluation."""
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        training = encoder.training
+        encoder.eval()
+        with autocast():
+            hidden = encoder.hidden(pixels.to(device)).float()
+        encoder.train(training)
+        return hidden
+
+    return encode
