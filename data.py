@@ -18,7 +18,7 @@ from lib.data.image_cache import ImageCache
 from lib.data.layout import dense_file, dense_way_out, describe_command
 from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
 from lib.data.model_tokenizer import ModelTokenizer
-from lib.data.scenes.facts import named_coverage, sibling_captions
+from lib.data.scenes.facts import sibling_captions
 from lib.data.scenes.generate import generate_scenes
 from lib.data.shard_loader import ShardLoader, plan_share
 from lib.data.shards import ShardSet, ShardStream, open_shards
@@ -62,12 +62,12 @@ def prepare_scenes(args: argparse.Namespace) -> None:
 
 def _draw_scenes(args: argparse.Namespace) -> None:
     try:
-        with tqdm(desc="drawing scenes", leave=False, ncols=80) as bar:
+        with tqdm(total=sum(args.scenes_size), desc="drawing scenes", leave=False, ncols=80) as bar:
             generate_scenes(
                 Path(args.data_path) / "scenes",
                 sizes=tuple(args.scenes_size),
                 image_size=max(64, min(224, *image_size(args.img_res))),
-                progress=lambda done, total: _show(bar, done, total),
+                progress=lambda done, _: bar.update(done - bar.n),
             )
     except ValueError as error:
         raise InputError(f"--scenes_size or --img_res: {error}") from None
@@ -163,11 +163,6 @@ def _missing_for_validation(args: argparse.Namespace, needs_dense: bool) -> str 
     if needs_dense:
         needed.append(dense)
     return next((str(path) for path in needed if not path.exists()), None)
-
-
-def _show(bar: tqdm, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def open_image_cache(args: argparse.Namespace) -> ImageCache | None:
@@ -378,11 +373,6 @@ def open_features(
 def _resample(args: argparse.Namespace) -> str:
     """Return the filter that the model's image encoder likes images resized with."""
     return getattr(args, "image_filter", "bicubic")
-
-
-def scenes_coverage(args: argparse.Namespace, split: Split, grid: tuple[int, int]) -> np.ndarray:
-    """Return `named_coverage` of a split of `scenes`."""
-    return named_coverage(Path(args.data_path) / "scenes", split, grid)
 
 
 def dense_words(args: argparse.Namespace, training: bool = False) -> int:

@@ -18,7 +18,6 @@ from data import (
     open_image_cache,
     prepare_scenes,
     read_split,
-    scenes_coverage,
     validation_loaders,
 )
 from lib import distributed
@@ -26,6 +25,7 @@ from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
 from lib.data.fingerprint import split_fingerprint
+from lib.data.scenes.facts import named_coverage
 from lib.data.splits import Split, ids_in, warn_of_shared_images
 from lib.errors import InputError
 from lib.files import check_destination
@@ -251,7 +251,8 @@ def _kept_area(member: Member, device: torch.device, autocast: Callable) -> dict
     model, settings = member.model, member.settings
     if not model.uses_pixels or settings.dataset != "scenes" or settings.precomp:
         return {}
-    coverage = scenes_coverage(settings, member.split, model.image_encoder.grid)
+    root = Path(settings.data_path) / "scenes"
+    coverage = named_coverage(root, member.split, model.image_encoder.grid)
     found = named_area_kept(model, member.loaders, coverage, device, autocast)
     return {} if found is None else {"named_area": found}
 
