@@ -360,7 +360,7 @@ def open_features(
     )
     fill_share(
         cache,
-        missing,
+        list(wanted),
         frozen_states(encoder, device, autocast_for(args.amp, device)),
         encoder.img_res,
         resample=encoder.preprocessing.resample,

@@ -15,7 +15,7 @@ from lib.methods.registry import method_names
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SMALL = (
     "--vit_type tiny --bert_path tiny --img_res 32 --tiny_patch_size 8 --tiny_width 32 "
-    "--tiny_layers 1 --embed_size 64 --batch_size 5 --num_epochs 1 --workers 0 --precomp 0"
+    "--tiny_layers 1 --embed_size 64 --batch_size 4 --num_epochs 1 --workers 0 --precomp 0"
 ).split()
 FIRST = {yaml.safe_load(path.read_text())["method"]: path for path in reversed(RECIPES)}
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lib.data.images import CROP_RATIO, CROP_SCALE, random_crop_and_flip
 from lib.data.sources import ImageFolderSource, Sample, seeded_generator
-from lib.distributed import barrier, rank, world_size
+from lib.distributed import rank, together, world_size
 from lib.errors import InputError
 from lib.files import write_json
 
@@ -239,7 +239,7 @@ def fill(
 
 def fill_share(
     cache: FeatureCache,
-    missing: Sequence[Key],
+    wanted: Sequence[Key],
     encode: Callable[[Tensor], Tensor],
     size: tuple[int, int],
     *,
@@ -247,25 +247,28 @@ def fill_share(
     workers: int = 0,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Encode this process's share of the `missing` views as `fill` does, and wait for the others.
+    """Encode what is missing of this process's share of the `wanted` views, as `fill` does.
+
+    Its share is a slice of all views, not of the missing ones: while one process looks for those,
+    another may write some. What goes wrong on one is raised on all.
 
     `say` tells how many and how fast.
     """
-    share = missing[rank() :: world_size()]
-    if share:
-        started = time.perf_counter()
-        with tqdm(total=len(share), desc="encoding images", unit="image", ncols=80) as bar:
-            bad = fill(
-                cache,
-                share,
-                encode,
-                size,
-                resample=resample,
-                workers=workers,
-                progress=lambda done: bar.update(done - bar.n),
-            )
-        seconds = time.perf_counter() - started
-        told = f"; {bad} could not be decoded" if bad else ""
-        rate = len(share) / seconds
-        say(f"encoded {len(share) - bad} views in {seconds:.0f} s, {rate:.1f} images/s{told}")
-    barrier()
+    with together():
+        share = cache.missing(wanted[rank() :: world_size()])
+        if share:
+            started = time.perf_counter()
+            with tqdm(total=len(share), desc="encoding images", unit="image", ncols=80) as bar:
+                bad = fill(
+                    cache,
+                    share,
+                    encode,
+                    size,
+                    resample=resample,
+                    workers=workers,
+                    progress=lambda done: bar.update(done - bar.n),
+                )
+            seconds = time.perf_counter() - started
+            told = f"; {bad} could not be decoded" if bad else ""
+            rate = len(share) / seconds
+            say(f"encoded {len(share) - bad} views in {seconds:.0f} s, {rate:.1f} images/s{told}")
