@@ -155,7 +155,8 @@ class SEPS(Method):
             "--gumbel_tau",
             type=float,
             default=0.03,
-            help="temperature of gumbel, in units of a patch's significance; at 0.03 six of seven kept are top-k's",
+            help="temperature of gumbel, in units of a patch's significance; at 0.03 six of seven "
+            "kept are top-k's",
         )
         group.add_argument(
             "--relevance",
