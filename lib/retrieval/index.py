@@ -222,8 +222,14 @@ class PictureIndex:
             mine = np.flatnonzero(numbers == number)
             parts.append(self._file(self.shards[number]).take(self.row_of[pictures[mine]]))
             places.append(mine)
-        whole = joined(parts)
-        return whole if len(parts) == 1 else whole[np.argsort(np.concatenate(places))]
+        if len(parts) == 1:
+            return parts[0]
+        if any(part.dtype != parts[0].dtype for part in parts):
+            return joined(parts)[np.argsort(np.concatenate(places))]
+        whole = np.empty(len(pictures), dtype=parts[0].dtype)  # one copy, not three
+        for part, mine in zip(parts, places, strict=True):
+            whole[mine] = part
+        return whole
 
     def _file(self, shard: str) -> RecordFile:
         if shard not in self._open:
