@@ -392,8 +392,6 @@ def dense_cut(
     chosen = np.linspace(0, len(split.dense) - 1, min(len(split.dense), CUT_SAMPLE)).astype(int)
     lengths = [len(tokenizer.encode(split.dense[row], UNCUT)) for row in chosen]
     share = 100 * np.mean(np.array(lengths) > words)
-    of = "" if len(chosen) == len(split.dense) else f", of a sample of {len(chosen):,}"
-    return (
-        f"dense texts of {split.name} are read to {words} word pieces (--max_dense_word): "
-        f"{share:.0f} % are cut{of}, their median length is {np.median(lengths):.0f}"
-    )
+    of = "" if len(chosen) == len(split.dense) else f" of {len(chosen):,} sampled"
+    median = f"median {np.median(lengths):.0f}"
+    return f"dense texts of {split.name}: {share:.0f} %{of} cut at {words} word pieces, {median}"

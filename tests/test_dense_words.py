@@ -54,9 +54,6 @@ def test_the_loaders_cut_there():
 def test_the_share_that_is_cut_is_told():
     args = tiny_args("seps", max_dense_word=None)
     told = dense_cut(args, SPLIT, TOKENIZER)
-    assert told == (
-        "dense texts of train are read to 256 word pieces (--max_dense_word): 67 % are cut, their "
-        "median length is 602"
-    )
+    assert told == "dense texts of train: 67 % cut at 256 word pieces, median 602"
     many = dataclasses.replace(SPLIT, dense=[LONG] * 2001)
-    assert "100 % are cut, of a sample of 2,000, their" in dense_cut(args, many, TOKENIZER)
+    assert "100 % of 2,000 sampled cut at 256" in dense_cut(args, many, TOKENIZER)

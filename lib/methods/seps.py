@@ -155,8 +155,7 @@ class SEPS(Method):
             "--gumbel_tau",
             type=float,
             default=0.03,
-            help="temperature of gumbel, in units of a patch's significance; at 0.03 six of seven "
-            "kept are top-k's",
+            help="temperature of gumbel, in units of significance: near 0 it is top-k",
         )
         group.add_argument(
             "--relevance",

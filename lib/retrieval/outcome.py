@@ -109,8 +109,8 @@ def show(title: str, outcome: Outcome) -> None:
     if "named_area" in facts:
         area = facts["named_area"]
         say(
-            f"named area kept: {area['kept']:.3f} (patches at random {area['random']:.3f}, "
-            f"the best choice of as many {area['boxes']:.3f})"
+            f"named area kept: {area['kept']:.3f} (random patches {area['random']:.3f}, "
+            f"the best choice {area['boxes']:.3f})"
         )
     for note in outcome.notes:
         say(note)
