@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -270,6 +271,19 @@ def test_a_step_agrees_once(scenes_path, tmp_path, monkeypatch):
     assert calls == [4 + 4] * 6  # stop, fault, unwritten, bad, and four batches; six steps
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_workers_that_a_signal_ended_in_validation(scenes_path, tmp_path, monkeypatch, asked):
+    def evaluate(*_):
+        if asked:  # a scheduler's signal, which the loader workers obey at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise WorkerError("the loader workers were ended from outside")
+
+    monkeypatch.setattr(engine, "evaluate_split", evaluate)
+    folder = tmp_path / "run"
+    assert train.main(flags(scenes_path, folder, "--val_step", "5")) == (130 if asked else 1)
+    assert (saved(folder)["step"], saved(folder)["validation_due"]) == (5, True)
+
+
 def test_no_compiler_is_told_and_done_without(scenes_path, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "_compiler_fault", lambda device: "no working C++ compiler")
     folder = tmp_path / "run"
@@ -327,14 +341,13 @@ def test_a_killed_process_costs_the_other_no_step(scenes_path, tmp_path):
     argv += ["--val_step", "100000", "--save_step", "100000"]
     both = [start([*argv, "--rank", str(rank)], OMP_NUM_THREADS="1") for rank in range(2)]
     log = folder / "train.log"
-    wait_for(lambda: log.exists() and "step 10 " in log.read_text(), both[0])
-    time.sleep(1)
+    wait_for(lambda: log.exists() and "step 30 " in log.read_text(), both[0])
     both[1].kill()
     output = both[0].communicate(timeout=120)[0]
     assert both[0].returncode == 1, output
     assert "another process of this run ended" in output
     assert "Traceback" not in output
-    assert saved(folder)["step"] > 10
+    assert saved(folder)["step"] >= 30  # --save_step alone would have kept the first 10
     both[1].communicate()
 
 

@@ -99,17 +99,26 @@ class Trainer:
         many bad images, nothing learnt), WorkerError, or OSError (checkpoint not written).
         """
         with self.stop.caught(), self._saving_what_was_trained():
-            if self.progress.validation_due:
-                self.validate()
-            for epoch in range(self.progress.epoch, self.settings.num_epochs):
-                self.progress.epoch = epoch
-                if not self._train_epoch(epoch):
-                    self._save_and_wait()
-                    return False
-                self.progress.epoch, self.progress.batch = epoch + 1, 0
-                if self.progress.validated_step != self.progress.step:
-                    self._save_then_validate()
+            try:
+                finished = self._train()
+            except WorkerError:  # raised by all ranks; a scheduler's signal ends the workers too
+                if not sum(sum_over_ranks([int(bool(self.stop))], self.device)):
+                    raise
+                finished = False
             self._save_and_wait()
+        return finished
+
+    def _train(self) -> bool:
+        """Train to the last epoch; return False where a signal stopped it early."""
+        if self.progress.validation_due:
+            self.validate()
+        for epoch in range(self.progress.epoch, self.settings.num_epochs):
+            self.progress.epoch = epoch
+            if not self._train_epoch(epoch):
+                return False
+            self.progress.epoch, self.progress.batch = epoch + 1, 0
+            if self.progress.validated_step != self.progress.step:
+                self._save_then_validate()
         return True
 
     def _train_epoch(self, epoch: int) -> bool:
@@ -341,8 +350,8 @@ class Trainer:
     def _rescue(self, alone: bool) -> None:
         if self.writer.saved_step != self.progress.step and self.progress.learnt:
             self._save_last(alone)
-            self.writer.finish(alone)
             self.log.say(f"saved step {self.progress.step} in {LAST}, to go on with --resume")
+        self.writer.finish(alone)
 
     def _told_after_non_finite(self) -> str:
         """Save where nothing was so far; else what lies there may be from before the trouble."""
