@@ -7,7 +7,13 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A file, flag or folder that can't be used: one sentence with the way out. Exit code 2."""
+    """A file, flag or folder that can't be used: one sentence with the way out. Exit code 2.
+
+    It is one line whatever it quotes.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(" ".join(str(sentence).splitlines()))
 
 
 class NonFiniteError(RuntimeError):

@@ -156,6 +156,30 @@ def test_any_folder_trains_and_evaluates_with_its_images_anywhere(layouts, tmp_p
     assert "describe --dataset pets --split dev" in (tmp_path / "runs/pets_a/train.log").read_text()
 
 
+def test_a_run_evaluates_itself_and_a_broken_one_stops_no_other(
+    scenes_path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "scenes", "--data_path", str(scenes_path), "--workers", "0"]
+    data += ["--scenes_size", "32", "16", "16"]
+    tiny = "--method laps --tiny_width 16 --tiny_layers 1 --img_res 64 --embed_size 32"
+    quick = "--num_epochs 1 --batch_size 32 --eval 1 --logger_name runs/scenes_b"
+    assert train.main([*data, *tiny.split(), *quick.split()]) == 0
+    results = tmp_path / "runs/scenes_b/results.json"
+    assert json.loads(results.read_text())["scenes"]["split"] == "test"
+    results.unlink()
+    for name in ("scenes_a", "scenes_c"):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "model_best.pth").write_bytes(b"")
+    capsys.readouterr()
+    assert evaluation.main(data) == 2
+    assert results.exists()
+    told = capsys.readouterr().err.splitlines()
+    assert "2 of 3 runs could not be evaluated" in told[-1]
+    assert evaluation.main([*data, "--save_similarity", "a.npy"]) == 2
+    assert "one place for 3 runs" in capsys.readouterr().err
+
+
 def test_help_lists_every_method():
     done = subprocess.run(
         [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True

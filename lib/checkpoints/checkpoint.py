@@ -188,6 +188,8 @@ def check_contents(path: str | Path, payload: dict) -> None:
         )
     if not all(isinstance(word, str) for word in payload["vocabulary"] or []):
         raise InputError(f"{path}: 'vocabulary' holds more than words")
+    if not isinstance(payload.get("hard_negatives", False), bool):
+        raise InputError(f"{path}: 'hard_negatives' is neither True nor False")
     if not all(isinstance(one, torch.Tensor) for one in payload["model"].values()):
         raise InputError(f"{path}: 'model' holds more than tensors")
     registry.check_kept_arguments(payload["args"], f"{path}: args")

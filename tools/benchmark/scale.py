@@ -39,13 +39,13 @@ BATCH = 64  # of images in evaluation, and of an epoch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the sizes."""
-    parser.add_argument("--method", default="laps")
+    parser.add_argument("--method", default="laps", help="what is scored")
     parser.add_argument("--images", default="1000,2000,4000,8000", help="of evaluation and epoch")
     parser.add_argument("--batches", default="16,32,64,128,256,512", help="pairs of a step")
-    parser.add_argument("--patches", type=int, default=16)
+    parser.add_argument("--patches", type=int, default=16, help="of an image")
     parser.add_argument("--embed_size", type=int, default=32, help="width C of the joint space")
     parser.add_argument("--mode", default="hardest", choices=["hardest", "sum"], help="of a step")
-    parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS))
+    parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS), help="what counts")
     parser.add_argument("--memory", type=int, default=1, help="0: peak memory is not measured")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and lengths")
 
