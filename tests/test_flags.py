@@ -197,13 +197,8 @@ def test_a_method_reads_what_it_says(method):
     registry.build_model(args, VOCABULARY)
     read = vars(args)["_read"]
     assert read & registry.flags_unread(method) == set()
-<<<<<<< Updated upstream
     shared = {*SLIMMING_FLAGS, "attention_weight", "dense_match"}  # others are read elsewhere too
     assert set(registry.get_method(method).also_reads) & shared == read & shared
-=======
-    elsewhere = {"num_regions", "data_name", "lr_update"}  # with --precomp 1; by `defaults`
-    assert set(registry.get_method(method).also_reads) - elsewhere <= read
->>>>>>> Stashed changes
 
 
 def test_the_embedded_parser_can_exit_with_2(capsys):
