@@ -127,7 +127,7 @@ def start(argv: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *argv],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
