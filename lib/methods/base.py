@@ -24,8 +24,7 @@ class Method(MethodOptions, nn.Module):
     """Base of all methods; a subclass is one file and one `@register_method`.
 
     A subclass writes `score` for one chunk of pairs; what depends on the image or caption alone
-    goes into `prepare_images` and `prepare_texts`, done once. What flags it reads, and what it says
-    of them before it is built, is in `MethodOptions`; how pairs become chunks is in pairs.py.
+    goes into `prepare_images` and `prepare_texts`, done once. The flags are `MethodOptions`' part.
     """
 
     name: ClassVar[str]

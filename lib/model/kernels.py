@@ -1,9 +1,9 @@
 """Patch slimming and max matching of every image-caption pair, fused for evaluation.
 
-`fused_matches` gives the numbers of gram.py, which serves everywhere else, through three Triton
-programs that never build an aggregated token nor write what it is made of. With P the patches
-of an image, W the weights of its aggregated tokens under a caption, E its words, everything comes
-from two products that no choice of patches changes (Gram form, exact algebra):
+`fused_matches` gives the numbers of gram.py, which serves everywhere else, through the programs of
+triton_programs.py that never build an aggregated token nor write what it is made of. With P the
+patches of an image, W the weights of its aggregated tokens under a caption, E its words, everything
+comes from two products that no choice of patches changes (Gram form, exact algebra):
 
     W·P·Eᵀ = W·(P·Eᵀ),    |W·P|² = rowsum(W·(P·Pᵀ) ∘ W)
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ from lib.model.alignment import NEGATIVE_SLOPE, best_matches
 
 try:
     import triton
-    import triton.language as tl
+
+    from lib.model.triton_programs import match_aggregated, match_fused, order_patches
 except ImportError:  # macOS, Windows and CPU wheels of torch come without it
     triton = None
 
@@ -68,7 +70,7 @@ def is_available(device: torch.device) -> bool:
 
 
 def _interpreted() -> bool:
-    return triton is not None and not isinstance(_order_patches, triton.JITFunction)
+    return triton is not None and not isinstance(order_patches, triton.JITFunction)
 
 
 @functools.cache
@@ -256,35 +258,47 @@ def _launch(
 
     (B_v, T, slots, M) for words and (B_v, T, N_c + 1) for tokens.
     """
-    pairs, num_patches, tokens = scores[..., 0].numel(), scores.shape[-1], images.logits.shape[1]
-    longest = word_mask.shape[1]
-    block_n, block_m = block_sizes(tokens, longest)
-    blocks = triton.cdiv(tokens, block_n)
-    dropped = num_patches - k
+    tokens, longest = images.logits.shape[1], word_mask.shape[1]
+    blocks = triton.cdiv(tokens, block_sizes(tokens, longest)[0])
+    dropped = scores.shape[-1] - k
     slots = blocks + (dropped > 0)
-    for_words = scores.new_empty(*scores.shape[:2], slots, longest)
-    for_tokens = scores.new_zeros(*scores.shape[:2], tokens + 1)  # the fused one stays 0 if k == L
-    order = torch.empty_like(scores, dtype=torch.int32)
-    width = triton.next_power_of_2(num_patches)
-    warps = max(1, min(4, width // 256))  # one warp counts without a barrier
-    _order_patches[(pairs,)](scores, order, num_patches, k, WIDTH=width, num_warps=warps)
     shared = {
-        "order": order,
+        "order": _ordered(scores, k),
         "gram": images.gram,
         "products": products,
         "word_mask": word_mask.view(torch.uint8),
-        "for_words": for_words,
-        "for_tokens": for_tokens,
+        "for_words": scores.new_empty(*scores.shape[:2], slots, longest),
+        # the fused one stays 0 if k == L
+        "for_tokens": scores.new_zeros(*scores.shape[:2], tokens + 1),
         "slots": slots,
         "k": k,
-        "L": num_patches,
+        "L": scores.shape[-1],
         "G": images.gram.shape[1],
         "R": products.shape[1],
         "T": len(word_mask),
         "M": longest,
         "N": tokens,
     }
-    _match_aggregated[(pairs * blocks,)](
+    _launch_aggregated(images, shared, scores[..., 0].numel(), blocks)
+    if dropped:
+        _launch_fused(scores, shared, dropped)
+    return shared["for_words"], shared["for_tokens"]
+
+
+def _ordered(scores: Tensor, k: int) -> Tensor:
+    """Return the patches of each pair, the k best first, int32 (B_v, T, L)."""
+    order = torch.empty_like(scores, dtype=torch.int32)
+    pairs, num_patches = scores[..., 0].numel(), scores.shape[-1]
+    width = triton.next_power_of_2(num_patches)
+    warps = max(1, min(4, width // 256))  # one warp counts without a barrier
+    order_patches[(pairs,)](scores, order, num_patches, k, WIDTH=width, num_warps=warps)
+    return order
+
+
+def _launch_aggregated(images: _Images, shared: dict[str, Any], pairs: int, blocks: int) -> None:
+    """Write the aggregated tokens' cosines; `shared` are the arguments of both programs."""
+    block_n, block_m = block_sizes(shared["N"], shared["M"])
+    match_aggregated[(pairs * blocks,)](
         **shared,
         logits=images.logits,
         squares=images.gram if images.squares is None else images.squares,
@@ -292,21 +306,22 @@ def _launch(
         ADDED=images.squares is not None,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
-        WORD_BLOCKS=triton.cdiv(longest, block_m),
+        WORD_BLOCKS=triton.cdiv(shared["M"], block_m),
         **AGGREGATED_TILES,
     )
-    if dropped:
-        height = max(16, triton.next_power_of_2(dropped))
-        warps = 4 if height <= 256 else 8  # what spills no registers
-        _match_fused[(pairs,)](
-            **shared,
-            scores=scores,
-            HEIGHT=height,
-            BLOCK=FUSED_BLOCK,
-            WORD_BLOCKS=triton.cdiv(longest, FUSED_BLOCK),
-            num_warps=warps,
-        )
-    return for_words, for_tokens
+
+
+def _launch_fused(scores: Tensor, shared: dict[str, Any], dropped: int) -> None:
+    """Write the cosines of the fused token, the softmax average of `dropped` patches."""
+    height = max(16, triton.next_power_of_2(dropped))
+    match_fused[(scores[..., 0].numel(),)](
+        **shared,
+        scores=scores,
+        HEIGHT=height,
+        BLOCK=FUSED_BLOCK,
+        WORD_BLOCKS=triton.cdiv(shared["M"], FUSED_BLOCK),
+        num_warps=4 if height <= 256 else 8,  # what spills no registers
+    )
 
 
 def block_sizes(tokens: int, longest: int) -> tuple[int, int]:
@@ -316,211 +331,3 @@ def block_sizes(tokens: int, longest: int) -> tuple[int, int]:
     """
     sides = (triton.next_power_of_2(size) for size in (tokens, longest))
     return tuple(max(16, min(LARGEST_TILE, side)) for side in sides)
-
-
-if triton is not None:
-
-    @triton.jit
-    def _order_patches(scores, order, L, k, WIDTH: tl.constexpr):
-        """Write a row's patch numbers: the k with the largest scores, then the others.
-
-        Both in ascending order; of equal scores at the threshold the first are kept. The threshold
-        is the largest key that k keys reach, found bit by bit.
-        """
-        row = tl.program_id(0).to(tl.int64)
-        place = tl.arange(0, WIDTH)
-        real = place < L
-        bits = tl.load(scores + row * L + place, mask=real, other=0.0).to(tl.int32, bitcast=True)
-        bits = tl.where(bits == -2147483648, 0, bits)  # -0.0 equals 0.0
-        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
-        key = tl.where(real, key, -2147483648)  # below that of -inf
-        threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= k, 0, -2147483648)
-        for step in tl.static_range(31):
-            candidate = threshold + (1 << (30 - step))
-            enough = tl.sum((key >= candidate).to(tl.int32), 0) >= k
-            threshold = tl.where(enough, candidate, threshold)
-        above = key > threshold
-        tied = key == threshold
-        room = k - tl.sum(above.to(tl.int32), 0)
-        kept = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-        before = tl.cumsum(kept.to(tl.int32), 0)  # kept up to and with this one
-        target = tl.where(kept, before - 1, k + place - before)
-        tl.store(order + row * L + target, place, mask=real)
-
-    @triton.jit
-    def _kept_weights(order, logits, rows, place, k, top):
-        """Return exp(logit - top) of kept patches, (BLOCK_N, places), and their numbers."""
-        kept = place < k
-        index = tl.load(order + place, mask=kept, other=0)
-        logit = tl.load(logits + (rows[:, None] + index[None, :]))
-        return tl.where(kept[None, :], tl.exp(logit - top[:, None]), 0.0), index
-
-    @triton.jit
-    def _softmax_parts(
-        order, logits, rows, k: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
-    ):
-        """Return each token's largest kept logit and its softmax denominator, (BLOCK_N,)."""
-        top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        mass = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, k, BLOCK_L):
-            place = first + tl.arange(0, BLOCK_L)
-            kept = place < k
-            index = tl.load(order + place, mask=kept, other=0)
-            logit = tl.load(logits + (rows[:, None] + index[None, :]))
-            logit = tl.where(kept[None, :], logit, float("-inf"))
-            higher = tl.maximum(top, tl.max(logit, 1))
-            mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), 1)
-            top = higher
-        return top, mass
-
-    @triton.jit(do_not_specialize=["T", "M"])  # they vary from call to call
-    def _match_aggregated(
-        order,  # (B_v, T, L) kept patches first
-        logits,  # (B_v, N, L)
-        gram,  # (B_v, G, L)
-        squares,  # (B_v, N) where vectors are added
-        products,  # (B_v, R, T, M)
-        word_mask,  # (T, M)
-        for_words,  # (B_v, T, slots, M)
-        for_tokens,  # (B_v, T, N + 1)
-        G,
-        R,
-        T,
-        M,
-        N,
-        slots,
-        blocks,
-        L: tl.constexpr,
-        k: tl.constexpr,
-        ADDED: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_L: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        WORD_BLOCKS: tl.constexpr,
-    ):
-        """Write the cosines of one pair's block of aggregated tokens, their maxima both ways."""
-        block = tl.program_id(0) % blocks
-        pair = (tl.program_id(0) // blocks).to(tl.int64)
-        image = pair // T
-        caption = pair % T
-        token = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = tl.minimum(token, N - 1)  # rows past the end repeat the last, which no maximum feels
-        order += pair * L
-        logits += image * N * L
-        rows = row * L
-        gram += image * G * L
-        products += (image * R * T + caption) * M
-        top, mass = _softmax_parts(order, logits, rows, k, BLOCK_N, BLOCK_L)
-
-        square = tl.zeros((BLOCK_N,), tl.float32)
-        cross = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, k, BLOCK_L):
-            column = first + tl.arange(0, BLOCK_L)
-            right, right_index = _kept_weights(order, logits, rows, column, k, top)
-            turned = tl.zeros((BLOCK_N, BLOCK_L), tl.float32)
-            for other in range(0, first + BLOCK_L, BLOCK_K):
-                place = other + tl.arange(0, BLOCK_K)
-                left, index = _kept_weights(order, logits, rows, place, k, top)
-                # the Gram matrix is symmetric: what is left of this block counts twice
-                left *= tl.where(other < first, 2.0, 1.0)
-                tile = tl.load(gram + (index[:, None] * L + right_index[None, :]))
-                turned = tl.dot(left, tile, turned, input_precision="ieee")
-            square += tl.sum(turned * right, 1)
-            if ADDED:
-                tile = tl.load(gram + (L * L + rows[:, None] + right_index[None, :]))
-                cross += tl.sum(tile * right, 1)
-        share = 1 / mass
-        square *= share * share
-        if ADDED:
-            square += 2 * share * cross + tl.load(squares + image * N + row)
-        length = tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), 1e-12)
-
-        best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        for start in range(WORD_BLOCKS):
-            word = start * BLOCK_M + tl.arange(0, BLOCK_M)
-            inside = word < M
-            cosine = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for first in range(0, k, BLOCK_K):
-                place = first + tl.arange(0, BLOCK_K)
-                left, index = _kept_weights(order, logits, rows, place, k, top)
-                source = products + (index[:, None] * (T * M) + word[None, :])
-                tile = tl.load(source, mask=inside[None, :], other=0.0)
-                cosine = tl.dot(left, tile, cosine, input_precision="ieee")
-            cosine *= share[:, None]
-            if ADDED:
-                source = products + ((L + row)[:, None] * (T * M) + word[None, :])
-                cosine += tl.load(source, mask=inside[None, :], other=0.0)
-            cosine = cosine / length[:, None]
-            slot = for_words + (pair * slots + block) * M + word
-            tl.store(slot, tl.max(cosine, 0), mask=inside)
-            real = tl.load(word_mask + caption * M + word, mask=inside, other=0) != 0
-            best = tl.maximum(best, tl.max(tl.where(real[None, :], cosine, float("-inf")), 1))
-        tl.store(for_tokens + pair * (N + 1) + token, best, mask=token < N)
-
-    @triton.jit(do_not_specialize=["T", "M"])
-    def _match_fused(
-        order,
-        scores,  # (B_v, T, L)
-        gram,
-        products,
-        word_mask,
-        for_words,
-        for_tokens,
-        G,
-        R,
-        T,
-        M,
-        N,
-        slots,
-        L: tl.constexpr,
-        k: tl.constexpr,
-        HEIGHT: tl.constexpr,  # of the dropped patches
-        BLOCK: tl.constexpr,
-        WORD_BLOCKS: tl.constexpr,
-    ):
-        """Write the cosines of one pair's fused token, which comes after the aggregated ones."""
-        pair = tl.program_id(0).to(tl.int64)
-        image = pair // T
-        caption = pair % T
-        scores += pair * L
-        order += pair * L + k
-        gram += image * G * L
-        products += (image * R * T + caption) * M
-        place = tl.arange(0, HEIGHT)
-        dropped = place < L - k
-        index = tl.load(order + place, mask=dropped, other=0)
-        score = tl.load(scores + index, mask=dropped, other=float("-inf"))
-        top = tl.max(score, 0)
-        weight = tl.exp(score - top)
-        mass = tl.sum(weight, 0)
-        weight = weight / mass
-
-        square = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, L - k, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            inside = column < L - k
-            column_index = tl.load(order + column, mask=inside, other=0)
-            column_score = tl.load(scores + column_index, mask=inside, other=float("-inf"))
-            tile = tl.load(
-                gram + (index[:, None] * L + column_index[None, :]),
-                mask=dropped[:, None] & inside[None, :],
-                other=0.0,
-            )
-            square += tl.sum(tile * weight[:, None], 0) * tl.exp(column_score - top) / mass
-        length = tl.maximum(tl.sqrt(tl.maximum(tl.sum(square, 0), 0.0)), 1e-12)
-
-        best = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for start in range(WORD_BLOCKS):
-            word = start * BLOCK + tl.arange(0, BLOCK)
-            inside = word < M
-            tile = tl.load(
-                products + (index[:, None] * (T * M) + word[None, :]),
-                mask=dropped[:, None] & inside[None, :],
-                other=0.0,
-            )
-            cosine = tl.sum(tile * weight[:, None], 0) / length
-            tl.store(for_words + (pair * slots + slots - 1) * M + word, cosine, mask=inside)
-            real = tl.load(word_mask + caption * M + word, mask=inside, other=0) != 0
-            best = tl.maximum(best, tl.where(real, cosine, float("-inf")))
-        tl.store(for_tokens + pair * (N + 1) + N, tl.max(best, 0))

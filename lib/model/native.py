@@ -120,53 +120,67 @@ def matches(
     apart = logits.numel() and float((tops - logits).amax())
     if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words):
         return None
-    tokens = logits.shape[1]
-    room = (0, -tokens % LANES)  # rows of weights are padded with zeros to whole vectors
-    peaks = pad((logits - tops).exp().transpose(1, 2), room).contiguous()  # (B_v, L, width)
-    gram = patches @ patches.transpose(1, 2) if gram is None else gram.contiguous()
+    images = {
+        "scores": scores,
+        **_weighed(logits - tops, patches, added),
+        "gram": patches @ patches.transpose(1, 2) if gram is None else gram.contiguous(),
+        "fixed_mask": fixed_mask.contiguous(),
+        "for_words": scores.new_empty(*scores.shape[:2], words.shape[1]),
+        "for_tokens": scores.new_empty(*scores.shape[:2], logits.shape[1] + 1 + fixed.shape[1]),
+    }
     unit = normalize(fixed, dim=-1, eps=SMALLEST_NORM)
     sources = torch.cat([patches, unit] if added is None else [patches, added, unit], 1)
-    cross = squares = None
-    if added is not None:
-        cross = pad(patches @ added.transpose(1, 2), room).contiguous()  # (B_v, L, width)
-        squares = added.square().sum(-1).contiguous()
-    shape = scores.shape[:2]
-    for_words = scores.new_empty(*shape, words.shape[1])
-    for_tokens = scores.new_empty(*shape, tokens + 1 + fixed.shape[1])
-    real = words[word_mask]  # (W, C), the rows of the product
-    rows = torch.where(word_mask, word_mask.flatten().cumsum(0).view_as(word_mask) - 1, -1)
-    rows, fixed_mask = rows.to(torch.int32).contiguous(), fixed_mask.contiguous()
-    images = max(1, PRODUCT_BYTES // (4 * max(1, len(real)) * sources.shape[1]))
-    for first in range(0, len(patches), images):
-        part = slice(first, first + images)
-        products = real @ sources[part].flatten(0, 1).T  # (W, images·R)
+    sizes = {
+        "captions": len(words),
+        "patches": patches.shape[1],
+        "tokens": logits.shape[1],
+        "fixed": fixed.shape[1],
+        "words": words.shape[1],
+        "kept": min(k, patches.shape[1]),
+        "fused_counts": int(fused_counts),
+    }
+    _match(images, sources, words[word_mask], _word_rows(word_mask), sizes)
+    return images["for_words"], images["for_tokens"]
+
+
+def _weighed(logits: Tensor, patches: Tensor, added: Tensor | None) -> dict[str, Tensor | None]:
+    """Return what the weights of aggregated tokens need of each image; `logits` are at most 0."""
+    room = (0, -logits.shape[1] % LANES)  # rows of weights are padded with zeros to whole vectors
+    peaks = pad(logits.exp().transpose(1, 2), room).contiguous()  # (B_v, L, width)
+    if added is None:
+        return {"peaks": peaks, "cross": None, "squares": None}
+    cross = pad(patches @ added.transpose(1, 2), room).contiguous()  # (B_v, L, width)
+    return {"peaks": peaks, "cross": cross, "squares": added.square().sum(-1).contiguous()}
+
+
+def _word_rows(word_mask: Tensor) -> Tensor:
+    """Return each word's row among the real words, -1 where it is none, int32 (T, M)."""
+    rows = word_mask.flatten().cumsum(0).view_as(word_mask) - 1
+    return torch.where(word_mask, rows, -1).to(torch.int32).contiguous()
+
+
+def _match(
+    images: dict[str, Tensor | None], sources: Tensor, real: Tensor, rows: Tensor, sizes: dict
+) -> None:
+    """Fill the images' for_words and for_tokens, as many images at once as fit PRODUCT_BYTES.
+
+    `images` are tensors with a row an image; sources (B_v, R, C) and the real words (W, C) are
+    multiplied, of which `rows` (T, M) says whose each is.
+    """
+    size = max(1, PRODUCT_BYTES // (4 * max(1, len(real)) * sources.shape[1]))
+    for first in range(0, len(sources), size):
+        part = slice(first, first + size)
         tensors = {
-            "scores": scores[part].contiguous(),
-            "peaks": peaks[part],
-            "gram": gram[part],
-            "cross": None if cross is None else cross[part],
-            "squares": None if squares is None else squares[part],
-            "products": products,
-            "rows": rows,
-            "fixed_mask": fixed_mask[part],
-            "for_words": for_words[part],
-            "for_tokens": for_tokens[part],
+            key: None if one is None else one[part].contiguous() for key, one in images.items()
         }
-        sizes = {
+        products = real @ sources[part].flatten(0, 1).T  # (W, images·R)
+        counts = {
             "images": len(sources[part]),
-            "captions": len(words),
-            "patches": patches.shape[1],
-            "tokens": tokens,
-            "width": peaks.shape[2],
-            "fixed": fixed.shape[1],
-            "words": words.shape[1],
-            "kept": min(k, patches.shape[1]),
+            "width": images["peaks"].shape[2],
             "stride": products.shape[1],
             "sources": sources.shape[1],
-            "fused_counts": int(fused_counts),
         }
-        _run(sizes, tensors)
-    return for_words, for_tokens
+        _run({**sizes, **counts}, {**tensors, "products": products, "rows": rows})
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -164,7 +164,7 @@ def test_a_cpu_without_compiled_code_is_refused(monkeypatch):
         fused_matches(**random_case(5, 3, 2, 1, False), k=2)
 
 
-PROGRAMS = ("_order_patches", "_match_aggregated", "_match_fused")
+PROGRAMS = ("order_patches", "match_aggregated", "match_fused")
 
 
 class Launched:
