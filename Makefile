@@ -27,7 +27,7 @@ $(VENV)/.installed: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/.installed
 	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements-dev.txt
 	@touch $@
 

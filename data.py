@@ -16,7 +16,7 @@ from lib.batch import image_size
 from lib.data.features import FeatureCache, fill_share, wanted_views
 from lib.data.image_cache import ImageCache
 from lib.data.layout import dense_file, dense_way_out, describe_command
-from lib.data.loaders import TrainLoader, caption_loader, image_loader, train_loader
+from lib.data.loaders import TrainLoader, eval_loader, train_loader
 from lib.data.model_tokenizer import ModelTokenizer
 from lib.data.scenes.facts import sibling_captions
 from lib.data.scenes.generate import generate_scenes
@@ -316,8 +316,8 @@ def validation_loaders(
     )
     workers = min(args.workers, 4)
     return SplitLoaders(
-        images=image_loader(images, args.batch_size, shard(len(images)), workers, pin),
-        captions=caption_loader(captions, args.batch_size, shard(len(captions)), 0, pin),
+        images=eval_loader(images, args.batch_size, shard(len(images)), workers, pin),
+        captions=eval_loader(captions, args.batch_size, shard(len(captions)), 0, pin),
         caption_images=split.caption_image,
         num_images=len(images),
         name=split.name,

@@ -15,7 +15,7 @@ from lib.batch import Batch, image_size
 from lib.checkpoints.checkpoint import restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
-from lib.data.loaders import Collate, image_loader
+from lib.data.loaders import Collate, eval_loader
 from lib.data.sources import EvalImages, Sample
 from lib.data.splits import Split
 from lib.errors import InputError
@@ -91,7 +91,7 @@ class Opened:
             words,
             resample=image_filter(self.model.image_encoder),
         )
-        loader = image_loader(images, batch_size, range(len(images)), workers)
+        loader = eval_loader(images, batch_size, range(len(images)), workers)
         for batch, bad in loader.tolerant():
             places = [] if batch is None else batch.image_ids.tolist()
             yield batch, places, bad

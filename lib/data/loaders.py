@@ -232,26 +232,14 @@ def train_loader(
     return TrainLoader(loader, sampler)
 
 
-def image_loader(
-    dataset: EvalImages,
+def eval_loader(
+    dataset: EvalImages | EvalCaptions,
     batch_size: int,
     indices: Sequence[int] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> EvalLoader:
-    """Return the loader of images in order; `indices` are the rows of this rank's shard."""
-    order = {"batch_size": batch_size, "sampler": indices}
-    return EvalLoader(make_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
-
-
-def caption_loader(
-    dataset: EvalCaptions,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> EvalLoader:
-    """Return the loader of captions in order; `indices` are the captions of this rank's shard."""
+    """Return the loader of images or captions in order; `indices` are this rank's of them."""
     order = {"batch_size": batch_size, "sampler": indices}
     return EvalLoader(make_loader(dataset, dataset.tokenizer, num_workers, pin_memory, **order))
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lib.data.images import random_crop_and_flip
-from lib.data.loaders import PairSampler, caption_loader, image_loader, train_loader
+from lib.data.loaders import PairSampler, eval_loader, train_loader
 from lib.data.sources import EvalCaptions, EvalImages, ImageFolderSource, TrainSet
 from lib.data.splits import Split, load_split
 from lib.errors import InputError
@@ -221,11 +221,11 @@ def test_a_batch_of_bad_pairs_alone_is_none(tmp_path, tokenizer):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_takes_images_and_captions_once_in_order(tmp_path, tokenizer, workers):
     split = make_split(tmp_path)
-    images = list(image_loader(EvalImages(split, 16), 5, num_workers=workers))
+    images = list(eval_loader(EvalImages(split, 16), 5, num_workers=workers))
     assert torch.cat([batch.image_ids for batch in images]).tolist() == list(range(12))
     assert [batch.pixels.shape[0] for batch in images] == [5, 5, 2]
     assert images[0].ids is images[0].dense_ids is images[0].caption_index is None
-    captions = list(caption_loader(EvalCaptions(split, tokenizer, 12), 7, num_workers=workers))
+    captions = list(eval_loader(EvalCaptions(split, tokenizer, 12), 7, num_workers=workers))
     assert torch.cat([batch.caption_index for batch in captions]).tolist() == list(range(24))
     assert torch.cat([batch.image_ids for batch in captions]).tolist() == [
         row for row in range(12) for _ in (0, 1)
@@ -238,17 +238,17 @@ def test_evaluation_takes_images_and_captions_once_in_order(tmp_path, tokenizer,
 def test_evaluation_shards_and_dense_texts(tmp_path, tokenizer):
     split = make_split(tmp_path)
     images = EvalImages(split, 16, tokenizer, max_dense_word=6)
-    (batch,) = image_loader(images, 8, indices=range(3, 6))
+    (batch,) = eval_loader(images, 8, indices=range(3, 6))
     assert batch.image_ids.tolist() == [3, 4, 5]
     expected = [tokenizer.encode(split.dense[row], 6) for row in (3, 4, 5)]
     assert batch.dense_lengths.tolist() == [len(ids) for ids in expected]
     assert batch.dense_ids[2, : len(expected[2])].tolist() == expected[2]
     captions = EvalCaptions(split, tokenizer, 12, max_dense_word=6)
-    (batch,) = caption_loader(captions, 8, indices=[10, 1])
+    (batch,) = eval_loader(captions, 8, indices=[10, 1])
     assert batch.caption_index.tolist() == [10, 1]
     first = tokenizer.encode(split.dense[5], 6)  # the dense text of the caption's own image
     assert batch.dense_ids[0, : batch.dense_lengths[0]].tolist() == first
-    assert list(image_loader(images, 8, indices=[])) == []
+    assert list(eval_loader(images, 8, indices=[])) == []
 
 
 def test_a_method_without_pixels_gets_none(tmp_path, tokenizer):
@@ -260,7 +260,7 @@ def test_a_method_without_pixels_gets_none(tmp_path, tokenizer):
     assert batch.pixels is None
     assert batch.dense_ids.shape[0] == 4
     assert bad_paths == []
-    (batch,) = image_loader(EvalImages(split, None, tokenizer, max_dense_word=6), 12)
+    (batch,) = eval_loader(EvalImages(split, None, tokenizer, max_dense_word=6), 12)
     assert batch.pixels is None
     assert batch.dense_ids.shape[0] == 12
 
@@ -270,7 +270,7 @@ def test_evaluation_refuses_an_undecodable_image_in_one_sentence(tmp_path, worke
     split = make_split(tmp_path, images=3)
     Path(split.image_files[1]).write_bytes(b"not an image")
     with pytest.raises(InputError) as caught:
-        list(image_loader(EvalImages(split, 16), 2, num_workers=workers))
+        list(eval_loader(EvalImages(split, 16), 2, num_workers=workers))
     expected = f"{split.image_files[1]} can't be decoded; replace the image file"
     assert str(caught.value) == expected
 

@@ -16,7 +16,7 @@ import torch
 
 import eval as evaluation
 import train
-from lib.data.loaders import image_loader
+from lib.data.loaders import eval_loader
 from lib.data.sources import EvalImages, ImageFolderSource, TrainSet
 from lib.data import image_cache
 from lib.errors import InputError
@@ -234,9 +234,9 @@ def test_links_to_a_folder_share_their_entries(files, cache, tmp_path):
 
 def test_loader_workers_fill_and_use_it(tmp_path, cache):
     split = make_split(tmp_path, images=5)
-    expected = torch.cat([batch.pixels for batch in image_loader(EvalImages(split, 16), 2)])
+    expected = torch.cat([batch.pixels for batch in eval_loader(EvalImages(split, 16), 2)])
     for _ in range(2):
-        loader = image_loader(EvalImages(split, 16, cache=cache), 2, num_workers=2)
+        loader = eval_loader(EvalImages(split, 16, cache=cache), 2, num_workers=2)
         assert torch.equal(torch.cat([batch.pixels for batch in loader]), expected)
         assert len(entries(cache)) == 5
     tokenizer = WordTokenizer(learn_vocabulary(split.captions))

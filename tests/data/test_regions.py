@@ -13,7 +13,7 @@ import torch
 import eval as evaluation
 import train
 from data import load_splits
-from lib.data.loaders import image_loader, train_loader
+from lib.data.loaders import eval_loader, train_loader
 from lib.data.sources import EvalImages, RegionSource, TrainSet
 from lib.data.splits import load_region_split
 from lib.checkpoints.checkpoint import load_model
@@ -193,7 +193,7 @@ def test_loaders_hand_out_regions_and_lengths(folder, workers):
         assert bad_paths == []
         assert batch.pixels.shape == (8, WIDTH, CHANNELS)
         assert batch.pixel_lengths.tolist() == [LENGTHS[row] for row in batch.image_ids]
-    (batch,) = image_loader(EvalImages(split, 224), 8, num_workers=workers)
+    (batch,) = eval_loader(EvalImages(split, 224), 8, num_workers=workers)
     assert batch.pixel_lengths.tolist() == LENGTHS
     np.testing.assert_array_equal(batch.pixels[2, :3].numpy(), features[2, :3])
 
