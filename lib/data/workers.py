@@ -134,7 +134,8 @@ def _told(error: Exception) -> str:
 
 def _last_line(error: Exception) -> str:
     """Return the sentence alone: torch wraps it into the worker's traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if len(lines) == 1:
-        return lines[0]
-    return lines[-1].split(f"{type(error).__name__}: ", 1)[-1]
+    told = str(error).strip() or type(error).__name__
+    if not told.startswith("Caught "):
+        return told
+    # our errors are one line whatever they quote, and so is the traceback that torch puts before
+    return told.rsplit(f"{type(error).__name__}: ", 1)[-1]

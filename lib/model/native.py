@@ -25,7 +25,10 @@ from torch.nn.functional import normalize, pad
 from lib.model.gram import SMALLEST_NORM
 
 SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-shared")
+# what -ffast-math allows, without its start-up code: that would flush denormals everywhere
+LOOSE = """-fassociative-math -freciprocal-math -ffinite-math-only -fno-signed-zeros
+-fno-trapping-math -fno-math-errno"""
+FLAGS = ("-O3", "-march=native", *LOOSE.split(), "-fPIC", "-shared")
 OFF = "SEPS_NATIVE"  # set to 0, this variable leaves the work to PyTorch
 LANES = 8  # as in native.c
 PRODUCT_BYTES = 4 * 2**20  # patch-word products alive at once: they stay near the caches

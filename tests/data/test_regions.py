@@ -133,7 +133,7 @@ def test_evaluation_repeats_the_validation_and_reads_another_dtype(folder):
 def test_without_dev_training_images_are_held_out(folder, missing):
     (folder / missing).unlink()
     args = tiny_args("vse", precomp=1, region_dim=CHANNELS)
-    vars(args).update(data_path=str(folder.parent), val_split="dev")
+    vars(args).update(data_path=str(folder.parent), val_split="dev", shards=None)
     log = RunLog(folder.parent / "run", active=True)
     training, validation = load_splits(args, log)
     log.close()

@@ -20,7 +20,7 @@ from lib.methods.avse import (
     unit_blocks,
     view_tokens,
 )
-from lib.methods.registry import get_method
+from lib.methods.registry import check_arguments, get_method
 from lib.model.encoders import ImageEncoder
 from lib.model.pooling import TokenHead, drop_tokens
 from tests.helpers import encode, pair_inputs, tiny_args, tiny_model
@@ -230,4 +230,4 @@ def test_blocks_shrink_to_a_small_joint_space_and_must_divide_a_large_one():
 )
 def test_shares_out_of_range_are_refused(flag, value):
     with pytest.raises(InputError, match=f"--{flag}"):
-        get_method("avse").check_arguments(tiny_args("avse", **{flag: value}))
+        check_arguments(tiny_args("avse", **{flag: value}))

@@ -11,7 +11,7 @@ from torch.nn.functional import leaky_relu
 
 from lib.batch import Tokens
 from lib.errors import InputError
-from lib.methods.registry import add_model_arguments, get_method
+from lib.methods.registry import add_model_arguments, check_arguments, get_method
 from lib.model.alignment import DenseMatch
 from tests.helpers import encode, pair_inputs, random_tokens, tiny_args, tiny_model
 
@@ -89,7 +89,7 @@ def test_scan_reads_its_sharpness_from_the_flags():
     expected = pairs_of(images, texts, lambda patches, words: attends(words, patches, 2.0))
     assert torch.allclose(model.similarity(images, texts), expected)
     with pytest.raises(InputError, match="--scan_lambda_i2t"):
-        get_method("scan").check_arguments(tiny_args("scan", scan_lambda_i2t=-1.0))
+        check_arguments(tiny_args("scan", scan_lambda_i2t=-1.0))
 
 
 @pytest.mark.parametrize("ragged_images", [False, True])

@@ -11,7 +11,7 @@ from transformers import SwinConfig
 
 from lib.batch import Tokens
 from lib.errors import InputError
-from lib.methods.registry import get_method, model_defaults
+from lib.methods.registry import check_arguments, get_method, model_defaults
 from lib.model.encoders import EncoderSource
 from lib.model.slimming import WordSelection
 from tests import naive_laps
@@ -261,7 +261,7 @@ def test_word_selection_keeps_cls_and_the_stated_share(words):
 def test_flags_out_of_range(flags, message):
     args = tiny_args("ilaps", **flags)
     with pytest.raises(InputError, match=message):
-        get_method("ilaps").check_arguments(args)
+        check_arguments(args)
 
 
 def test_cls_as_global_embedding_needs_a_cls():

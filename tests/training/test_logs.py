@@ -11,13 +11,13 @@ from lib.training.logs import RunLog, entries_apart, printable
 
 
 class Curves:
-    """In the place of TensorBoard's writer."""
+    """In the place of TensorBoard."""
 
     def __init__(self) -> None:
         self.points: list[tuple[str, float, int]] = []
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.points.append((name, value, step))
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        self.points += [(name, value, step) for name, value in values.items()]
 
     def close(self) -> None:
         pass
@@ -25,7 +25,7 @@ class Curves:
 
 def a_log(folder: Path) -> RunLog:
     log = RunLog(folder)
-    log.writer = Curves()
+    log.trackers = [Curves()]
     return log
 
 
@@ -33,14 +33,14 @@ def test_a_curve_that_never_changes_is_not_drawn(tmp_path):
     log = a_log(tmp_path)
     for step in (1, 2, 3):
         log.changing_scalars({"train/ratio": 0.25, "train/kept": 0.5 + 1e-8 * step}, step)
-    assert log.writer.points == []
+    assert log.trackers[0].points == []
 
 
 def test_a_curve_that_changes_is_drawn_from_its_beginning(tmp_path):
     log = a_log(tmp_path)
     for step, value in enumerate([0.5, 0.5, 0.5, 0.4, 0.4, 0.5], start=1):
         log.changing_scalars({"kept": value}, step)
-    assert [(value, step) for _, value, step in log.writer.points] == [
+    assert [(value, step) for _, value, step in log.trackers[0].points] == [
         (0.5, 1),
         (0.5, 3),
         (0.4, 4),
