@@ -12,6 +12,7 @@ from typing import Any
 from lib.batch import image_size
 from lib.config_file import with_config
 from lib.data.layout import image_folder
+from lib.data.splits import HELD_OUT
 from lib.errors import InputError, InputWarning
 from lib.files import load_object
 from lib.flags import IntegerList, Parser, check_kinds, given_flags
@@ -287,7 +288,8 @@ def parse_train(
 ) -> argparse.Namespace:
     """Return train.py's arguments, the data set's defaults applied, and checked.
 
-    With `saved_arguments` (a run's args.json) what that run used takes the place of the defaults.
+    With `saved_arguments` (a run's args.json) what that run used takes the place of the defaults,
+    held out images as its --val_split too, which no command line can ask for.
     `fixed` values win over everything. Raises InputError for values that contradict each other or
     are out of range.
     """
@@ -300,7 +302,8 @@ def parse_train(
         parser.set_defaults(**{**DATASET_DEFAULTS.get(dataset, {}), **own})
     else:
         saved = load_object(saved_arguments)
-        check_kinds(parser._actions, saved, str(saved_arguments))
+        kinds = {k: v for k, v in saved.items() if (k, v) != ("val_split", HELD_OUT)}
+        check_kinds(parser._actions, kinds, str(saved_arguments))
         parser.set_defaults(**{k: v for k, v in saved.items() if k != "resume"})
     args = parser.parse_args(argv)
     vars(args).update(fixed)

@@ -24,6 +24,7 @@ from lib.data.shard_loader import ShardLoader, plan_share
 from lib.data.shards import ShardSet, ShardStream, open_shards
 from lib.data.sources import EvalCaptions, EvalImages, ImageFolderSource, TrainSet
 from lib.data.splits import (
+    HELD_OUT,
     Split,
     hold_out,
     load_region_split,
@@ -86,13 +87,13 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split | ShardSet
         return _shards(args, log), read_split(args, args.val_split, needs_dense)
     training = read_split(args, "train", method.trains_on_dense(args))
     missing = _missing_for_validation(args, needs_dense)
-    if args.val_split != "held_out":  # a run that goes on stays with what it held out
+    if args.val_split != HELD_OUT:  # a run that goes on stays with what it held out
         if missing is None:
             validation = read_split(args, args.val_split, needs_dense)
             if not args.precomp:  # the ids of regions are rows
                 warn_of_shared_images(validation, training.image_ids, training.name)
             return training, validation
-        args.val_split = "held_out"
+        args.val_split = HELD_OUT
     count = min(HELD_OUT_IMAGES, max(1, len(training.image_ids) // 20))
     log.say(
         f"{count} training images are held out to choose the checkpoint, as dev has no "

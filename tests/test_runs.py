@@ -235,6 +235,26 @@ def test_a_checkpoint_holds_the_datas_fingerprint(ended):
     assert len(data["captions_sha256"]) == 64
 
 
+def test_a_run_that_held_images_out_goes_on(layouts, tmp_path, monkeypatch, capsys):
+    """Its dev split has no dense texts, so training images choose the checkpoint, to the end."""
+
+    def stop(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, *args)
+
+    losses, folder = SEPS.losses, tmp_path / "run"
+    monkeypatch.setattr(SEPS, "losses", stop)
+    tiny = "--dataset f30k --vit_type tiny --bert_path tiny".split()
+    assert train.main(flags(layouts, folder, *tiny)) == 130
+    assert json.loads((folder / "args.json").read_text())["val_split"] == "held_out"
+    monkeypatch.undo()
+    assert train.main(["--resume", str(folder)]) == 0, capsys.readouterr().err
+    assert (saved(folder)["step"], saved(folder)["validation_due"]) == (4, False)
+    assert torch.load(folder / "model_best.pth", weights_only=True)["val_split"] == "held_out"
+    assert train.main(["--resume", str(folder), "--val_split", "held_out"]) == 2
+    assert "--val_split" in capsys.readouterr().err
+
+
 def test_a_run_without_its_last_checkpoint_keeps_its_best(ended, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(ended, folder)

@@ -25,6 +25,7 @@ from lib.data.layout import (
 from lib.errors import InputError, InputWarning, as_input_error
 from lib.files import check_file, load_json, text_lines
 
+HELD_OUT = "held_out"  # training images that choose the checkpoint where dev can't
 REGION_SOURCE = (
     "SCAN's features of f30k and coco are at "
     "https://www.kaggle.com/datasets/kuanghueilee/scan-features; --precomp 0 reads image files"
@@ -198,7 +199,7 @@ def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
-    """Return the split without `count` of its images, and those, evenly spread, as "held_out".
+    """Return the split without `count` of its images, and those, evenly spread, as HELD_OUT.
 
     Raises InputError where nothing would be left to train on.
     """
@@ -207,7 +208,7 @@ def hold_out(split: Split, count: int) -> tuple[Split, Split]:
         raise InputError(f"the {split.name} split has {images} images, too few to hold {count} out")
     held = np.zeros(images, dtype=bool)
     held[np.linspace(0, images - 1, count).round().astype(int)] = True
-    return _subset(split, ~held, split.name), _subset(split, held, "held_out")
+    return _subset(split, ~held, split.name), _subset(split, held, HELD_OUT)
 
 
 def _subset(split: Split, chosen: np.ndarray, name: str) -> Split:

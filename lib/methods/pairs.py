@@ -7,10 +7,10 @@ reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -152,9 +152,20 @@ def _most_pairs(method: Method, device: torch.device) -> int:
 
 def _scored(method: Method, images: Rows, texts: Rows, again: bool) -> Maps:
     """Return `score`; with `again` the backward pass computes it anew and nothing is kept."""
-    if again:
-        return checkpoint(method.score, images, texts, use_reentrant=False)
-    return method.score(images, texts)
+    return computed_again(method.score, images, texts) if again else method.score(images, texts)
+
+
+def computed_again(function: Callable[[Any, Any], Any], images: Rows, texts: Rows) -> Any:
+    """Return `function(images, texts)`, of which the backward pass keeps nothing.
+
+    It gets the same noise both times: PyTorch keeps the random state of the devices it finds in the
+    arguments, and it looks into dictionaries but not into Rows.
+    """
+
+    def refilled(image_rows: dict[str, Any], text_rows: dict[str, Any]) -> Any:
+        return function(images.refilled(image_rows), texts.refilled(text_rows))
+
+    return checkpoint(refilled, images.tensors(), texts.tensors(), use_reentrant=False)
 
 
 def _gathered(method: Method, images: Rows, texts: Tokens) -> Maps:

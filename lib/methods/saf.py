@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lib.batch import Tokens
-from lib.methods.pairs import Maps
+from lib.methods.pairs import Maps, computed_again
 from lib.methods.registry import register_method
 from lib.methods.sgraf_family import SHARED_FLAGS, SimilarityReasoning, WholeAndParts
 from lib.model.reasoning import AttentionFiltration, node_mask
@@ -60,5 +59,5 @@ class SAF(SimilarityReasoning):
 
     def _nodes_of(self, images: WholeAndParts, texts: WholeAndParts, again: bool) -> Tensor:
         if again:
-            return checkpoint(self.pair_nodes, images, texts, use_reentrant=False)
+            return computed_again(self.pair_nodes, images, texts)
         return self.pair_nodes(images, texts)
