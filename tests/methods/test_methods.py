@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
 
 from lib.batch import Tokens
 from lib.methods.registry import get_method, method_names, register_method
@@ -133,6 +135,21 @@ def test_shard_size_changes_no_gradient(method):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=2e-4, rtol=1e-3)
+
+
+def test_chunks_are_computed_again_with_the_same_noise(method, monkeypatch):
+    """PyTorch keeps the random state of the devices of tensors that it finds in the arguments."""
+    infer, found = checkpoint._infer_device_type, []
+
+    def noted(*args):
+        found.append([any(torch.is_tensor(leaf) for leaf in tree_leaves(one)) for one in args])
+        return infer(*args)
+
+    monkeypatch.setattr(checkpoint, "_infer_device_type", noted)
+    model = tiny_model(method, shard_size=3, max_violation=False).train()
+    model.training_losses(**pair_inputs(method=method))["loss"].backward()
+    assert found or not model.scores_repeat
+    assert all(map(all, found)), found
 
 
 def test_every_parameter_and_every_part_gets_gradient(method):
