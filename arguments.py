@@ -20,7 +20,7 @@ from lib.memory import check_fits
 from lib.methods import registry
 from lib.model.selection import CONTROLS
 from lib.ranges import check_ranges
-from lib.retrieval.flags import add_result_flags, add_way_flags, check_evaluation
+from lib.retrieval.flags import add_result_flags, add_way_flags, check_evaluation, check_labels
 from lib.training.flags import add_amp_flag, add_optimizer_flags, add_training_flags
 from lib.training.trackers import tracker_names
 
@@ -385,6 +385,7 @@ def check_train(args: argparse.Namespace) -> None:
     if len(args.scenes_size) != 3:
         raise InputError("--scenes_size: give three numbers, train, dev and test")
     tracker_names(args.report_to)
+    check_labels(args)
     registry.check_arguments(args)
     check_fits(batch_bytes(args), "a batch with its similarities")
 

@@ -39,6 +39,7 @@ from lib.methods.registry import get_method
 from lib.model.encoders import ImageEncoder, frozen_states
 from lib.model.precision import autocast_for
 from lib.retrieval.evaluation import SplitLoaders
+from lib.retrieval.protocol import repeated_captions
 from lib.retrieval.similarity import shard
 from lib.training.logs import RunLog
 from vocab import (
@@ -322,6 +323,7 @@ def validation_loaders(
         caption_images=split.caption_image,
         num_images=len(images),
         name=split.name,
+        repeated_share=repeated_captions(split.dense, split.captions, split.caption_image),
     )
 
 

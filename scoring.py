@@ -81,14 +81,16 @@ def evaluate_checkpoint(
     if args.rerank:
         found = rerank_split(member.model, member.loaders, device, autocast, args.rerank)
         matrix, carried = None, found.carried
-        measured = outcome.rerank_outcome(member.gallery, found, args.rerank, args.recall_at)
+        measured = outcome.rerank_outcome(
+            member.gallery, found, args.rerank, args.recall_at, _control_label(args)
+        )
     else:
         scores = _scores(member, args, device)
         matrix, carried = scores.matrix, scores.carried
         measured = _shared(lambda: _measured(member.gallery, matrix, args))
     facts = {
         **member.facts,
-        "protocol": protocol_of(*carried, member.gallery.repeated_share()),
+        "protocol": protocol_of(*carried, member.loaders.repeated_share),
         "seconds": round(time.perf_counter() - started, 2),
     }
     if distributed.is_main():
@@ -116,7 +118,7 @@ def evaluate_ensemble(
         member = open_member(checkpoint, args, device)
         scores = _scores(member, args, device)
         matrices.append(scores.matrix)
-        protocol = protocol_of(*scores.carried, member.gallery.repeated_share())
+        protocol = protocol_of(*scores.carried, member.loaders.repeated_share)
         members.append({**member.facts, "protocol": protocol})
     matrix = distributed.on_main(lambda: added(matrices))  # no other rank has them
     measured = _shared(lambda: _measured(member.gallery, matrix, args, label="_ensemble"))
@@ -161,7 +163,7 @@ def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device
     settings.text_positions = getattr(model.text_encoder, "max_positions", None)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
     gallery = Gallery(
-        split.dataset, split.name, split.captions, split.image_ids, split.caption_image, split.dense
+        split.dataset, split.name, split.captions, split.image_ids, split.caption_image
     )
     if args.evaluate_cxc or args.evaluate_eccv:  # before the work
         check_order(load_labels(), gallery.image_ids, gallery.caption_images)
@@ -206,9 +208,14 @@ def _shared(work: Callable[[], outcome.Outcome]) -> outcome.Outcome:
 def _measured(
     gallery: Gallery, matrix: Any, args: argparse.Namespace, label: str = ""
 ) -> outcome.Outcome:
-    label += f"_{args.selection_control}" if args.selection_control else ""
+    label += _control_label(args)
     labels = {"cxc": bool(args.evaluate_cxc), "eccv": bool(args.evaluate_eccv), "label": label}
     return outcome.matrix_outcome(gallery, matrix, args.recall_at, **labels)
+
+
+def _control_label(args: argparse.Namespace) -> str:
+    """Return the end of the names of entries that a control made, never those of the model."""
+    return f"_{args.selection_control}" if args.selection_control else ""
 
 
 def _publish(title: str, folder: Path, measured: outcome.Outcome, args: argparse.Namespace) -> None:

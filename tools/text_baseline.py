@@ -14,6 +14,7 @@ from lib.data.splits import load_split
 from lib.flags import Parser
 from lib.program import program, run_program
 from lib.retrieval.evaluation import split_results
+from lib.retrieval.protocol import protocol_of, repeated_captions
 from lib.retrieval.tables import format_table
 from lib.retrieval.text_baseline import encoder_similarity, tfidf_similarity
 
@@ -32,10 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             matrices["encoder"] = encoder_similarity(
                 args.encoder, split.dense, split.captions, bar.update
             )
-    tables = {name: split_results(matrix, split.caption_image) for name, matrix in matrices.items()}
-    print(
-        f"{args.dataset} {args.split}, protocol image: {len(split.dense)} dense texts as gallery,"
-    )
+    repeated = repeated_captions(split.dense, split.captions, split.caption_image)
+    protocol = protocol_of(True, False, repeated)
+    tables = {
+        name: {**split_results(matrix, split.caption_image), "protocol": protocol}
+        for name, matrix in matrices.items()
+    }
+    told = f"{len(split.dense)} dense texts as gallery,"
+    print(f"{args.dataset} {args.split}, protocol {protocol}: {told}")
     print(f"{len(split.captions)} captions; no pixel seen, nothing trained")
     print(format_table(tables))
     return 0

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from lib.retrieval.metrics import DIRECTIONS, RECALL_AT, QueryRanks, query_ranks, recall_depths
+from lib.retrieval.metrics import DIRECTIONS, RECALL_AT, QueryRanks, recall_depths
 
 _COUNTS_AT_ONCE = 2**22  # how often each image is drawn, for as many draws as this makes
 
@@ -28,22 +27,6 @@ class Difference:
     def is_shown(self) -> bool:
         """Return whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
-
-
-def recall_intervals(
-    similarity: ArrayLike,
-    captions_per_image: int = 5,
-    *,
-    caption_images: ArrayLike | None = None,
-    folds: int = 1,
-    repeats: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, list[float]]:
-    """Return `rank_intervals` of a similarity matrix. Raises ValueError as `query_ranks` does."""
-    _check(repeats, level)
-    found = query_ranks(similarity, captions_per_image, caption_images=caption_images, folds=folds)
-    return rank_intervals(found, repeats=repeats, seed=seed, level=level)
 
 
 def rank_intervals(

@@ -27,15 +27,24 @@ WAY_OUT = "python -m pip install eccv_caption (see requirements-extra.txt)"
 
 def load_labels() -> Any:
     """Return the package's metrics object. Raises InputError where it is not installed."""
+    check_installed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for ujson, which it does without
+        from eccv_caption import Metrics
+
+        return Metrics()
+
+
+def check_installed() -> None:
+    """Raise InputError where the package can't be imported; its labels are not read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            from eccv_caption import Metrics
+            import eccv_caption  # noqa: F401
         except ImportError as error:
             raise InputError(
                 f"--evaluate_cxc and --evaluate_eccv need eccv_caption ({error}): {WAY_OUT}"
             ) from None
-        return Metrics()
 
 
 def check_order(labels: Any, image_ids: Sequence[str], caption_images: np.ndarray) -> np.ndarray:
@@ -76,9 +85,10 @@ def cxc_metrics(
     leave out a caption's own image. Errors as in `load_labels` and `check_order`.
     """
     labels = load_labels()
-    items = ranked_items(labels, labels.cxc_gts, matrix, image_ids, caption_images, max(recall_at))
+    depths = recall_depths(recall_at)
+    items = ranked_items(labels, labels.cxc_gts, matrix, image_ids, caption_images, max(depths))
     table: dict[str, Any] = {way: {} for way in DIRECTIONS}
-    for k in recall_depths(recall_at):
+    for k in depths:
         recalls = labels.cxc_recalls(items, "all", K=k)
         for way in DIRECTIONS:
             table[way][f"r{k}"] = 100 * float(recalls[way])

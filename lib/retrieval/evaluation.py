@@ -35,6 +35,7 @@ class SplitLoaders:
     caption_images: np.ndarray  # (N_captions,) row of each caption's image, all ranks
     num_images: int
     name: str = "split"
+    repeated_share: float = 0.0  # of images whose dense text repeats one of their captions
 
 
 class Carried:
@@ -192,6 +193,6 @@ def evaluate_split(
     )
     return {
         **results,
-        "protocol": protocol_of(*scores.carried),
+        "protocol": protocol_of(*scores.carried, loaders.repeated_share),
         "seconds": time.perf_counter() - started,
     }

@@ -6,6 +6,7 @@ import argparse
 
 from lib.errors import InputError
 from lib.flags import IntegerList
+from lib.retrieval.coco_labels import check_installed
 
 
 def add_result_flags(group: argparse._ArgumentGroup) -> None:
@@ -55,3 +56,16 @@ def check_evaluation(args: argparse.Namespace) -> None:
     for flag in ("analyse", "save_similarity", "evaluate_cxc", "evaluate_eccv"):
         if args.rerank and getattr(args, flag):
             raise InputError(f"--{flag} needs all similarities: leave out --rerank {args.rerank}")
+
+
+def check_labels(args: argparse.Namespace) -> None:
+    """Raise InputError where the evaluation at the end of train.py could not use COCO's labels."""
+    asked = [flag for flag in ("evaluate_cxc", "evaluate_eccv") if getattr(args, flag)]
+    if not (args.eval and asked):
+        return
+    if args.dataset != "coco" or args.precomp:
+        found = "--precomp 1, which has none" if args.precomp else f"--dataset {args.dataset}"
+        raise InputError(
+            f"--{asked[0]} is for the image ids of --dataset coco, not for {found}: leave it out"
+        )
+    check_installed()

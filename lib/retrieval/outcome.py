@@ -66,12 +66,19 @@ def matrix_outcome(
 
 
 def rerank_outcome(
-    gallery: Gallery, found: Reranked, shortlist: int, recall_at: Sequence[int] = RECALL_AT
+    gallery: Gallery,
+    found: Reranked,
+    shortlist: int,
+    recall_at: Sequence[int] = RECALL_AT,
+    label: str = "",
 ) -> Outcome:
-    """Return the recalls of shortlists of `shortlist` candidates, marked approximate by name."""
+    """Return the recalls of shortlists of `shortlist` candidates, marked approximate by name.
+
+    `label` ends the name of an entry that is no single model's own.
+    """
     images = len(gallery.image_ids)
     plain = list(result_names(gallery.dataset, gallery.split, images))[-1]
-    name = f"{plain}_rerank{shortlist}"
+    name = f"{plain}_rerank{shortlist}{label}"
     kept = {way: {f"r{k}": share for k, share in found.kept[way].items()} for way in DIRECTIONS}
     table = ranks_table(found.ranks, recall_at)
     table["approximate"] = {"shortlist": shortlist, "kept": kept, "sampled": found.sampled}

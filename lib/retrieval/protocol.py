@@ -35,13 +35,15 @@ def strictest(protocols: Sequence[str]) -> str:
 
 
 def repeated_captions(
-    dense: Sequence[str], captions: Sequence[str], caption_images: np.ndarray
+    dense: Sequence[str] | None, captions: Sequence[str], caption_images: np.ndarray
 ) -> float:
     """Return the share of images whose dense text holds one of their captions word for word.
 
-    dense: one text an image. Case and punctuation do not count, nor do captions of fewer than
-    `FEWEST_WORDS` words.
+    dense: one text an image, None where they are not read. Case and punctuation do not count, nor
+    do captions of fewer than `FEWEST_WORDS` words.
     """
+    if dense is None:
+        return 0.0
     texts = [f" {_words(text)} " for text in dense]
     found = {
         int(image)

@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,6 +24,7 @@ from lib.files import load_object, read_json, write_text_whole
 from lib.retrieval.metrics import QueryRanks
 
 RESULTS = "results.json"
+DAMAGED = (OSError, zipfile.BadZipFile, zlib.error)  # what a torn .npz raises
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -144,7 +147,7 @@ def read_ranks(path: str | Path) -> QueryRanks:
             f"no file {path} with the rank of each query: evaluate once more with eval.py, which "
             "writes it beside results.json"
         ) from None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (*DAMAGED, ValueError, KeyError, EOFError) as error:
         raise InputError(f"{path} is no whole file of ranks ({error}): evaluate anew") from None
     return QueryRanks(*(arrays[name].astype(np.int64) for name in arrays), folds=folds, ties=ties)
 

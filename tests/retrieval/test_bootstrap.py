@@ -13,7 +13,7 @@ from lib.retrieval.bootstrap import (
     recall_draws,
     recall_names,
 )
-from lib.retrieval.metrics import QueryRanks, query_ranks
+from lib.retrieval.metrics import QueryRanks
 
 
 def drawn_ranks(rng, n_images, found, k=5, folds=1):
@@ -195,10 +195,3 @@ def test_intervals_of_a_difference_cover_in_95_of_100_draws():
         found = paired_differences([better], [worse], repeats=1000, seed=draw)["t2i_r1"]
         covered += found.low <= truth <= found.high
     assert 465 <= covered <= 485
-
-
-def test_the_ranks_of_a_matrix_give_the_intervals_of_the_matrix():
-    rng = np.random.default_rng(0)
-    similarity = rng.standard_normal((30, 150))
-    run = query_ranks(similarity)
-    assert rank_intervals(run, repeats=50) == bootstrap.recall_intervals(similarity, repeats=50)

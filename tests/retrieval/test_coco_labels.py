@@ -191,6 +191,12 @@ def test_ids_and_order_are_those_of_testall(labels):
     assert own > max(siblings) + 0.02  # with a standard error below 0.002
 
 
+def test_fewer_depths_change_no_recall_of_the_field(small):
+    _, ids, owners = small
+    matrix = gallery(signal=0.5)
+    assert cxc_metrics(matrix, ids, owners, (1,)) == cxc_metrics(matrix, ids, owners, (1, 5, 10))
+
+
 @pytest.mark.slow
 def test_the_whole_gallery_with_a_known_answer(labels):
     """Every labelled pair scores 1, all others 0: all found but what the gallery does not hold."""

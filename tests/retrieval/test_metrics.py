@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.retrieval import metrics
-from lib.retrieval.bootstrap import recall_intervals
-from lib.retrieval.metrics import fold_metrics, ranks, recall_metrics
+from lib.retrieval.bootstrap import rank_intervals
+from lib.retrieval.metrics import fold_metrics, query_ranks, ranks, recall_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recall_metrics.npz"
 
@@ -179,7 +179,7 @@ def test_accepts_a_tensor():
     assert recall_metrics(torch.from_numpy(HAND), 2) == recall_metrics(HAND, 2)
 
 
-@pytest.mark.parametrize("call", [recall_metrics, fold_metrics, recall_intervals])
+@pytest.mark.parametrize("call", [recall_metrics, fold_metrics, query_ranks])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_an_error(call, value, monkeypatch):
     monkeypatch.setattr(metrics, "_CHUNK_VALUES", 60)  # two rows a chunk: found in the second
@@ -256,7 +256,7 @@ def flat_recalls(result):
 def test_intervals_contain_the_point(folds):
     similarity = noisy_gallery(100)
     points = flat_recalls(fold_metrics(similarity, folds))
-    intervals = recall_intervals(similarity, folds=folds)
+    intervals = rank_intervals(query_ranks(similarity, folds=folds))
     assert list(intervals) == list(points)
     for name, (low, high) in intervals.items():
         assert low <= points[name] <= high, name
@@ -270,7 +270,7 @@ def test_interval_width_matches_the_binomial():
     similarity[: n_images // 2, 0] = 2.0  # caption 0 wins the first half, its own image included
     found = recall_metrics(similarity, 1)["i2t"]["r1"] / 100
     half = 100 * 1.96 * np.sqrt(found * (1 - found) / n_images)
-    low, high = recall_intervals(similarity, 1)["i2t_r1"]
+    low, high = rank_intervals(query_ranks(similarity, 1))["i2t_r1"]
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
 
 
@@ -279,8 +279,8 @@ def test_intervals_keep_captions_with_their_image():
     n_images = 100
     single = np.eye(n_images)
     single[1, : n_images // 2] = 2.0  # image 1 takes the captions of the first half
-    alone = recall_intervals(single, 1)["t2i_r1"]
-    together = recall_intervals(np.repeat(single, 5, axis=1), 5)["t2i_r1"]
+    alone = rank_intervals(query_ranks(single, 1))["t2i_r1"]
+    together = rank_intervals(query_ranks(np.repeat(single, 5, axis=1), 5))["t2i_r1"]
     assert together == pytest.approx(alone)
 
 
@@ -289,18 +289,18 @@ def test_intervals_shrink_with_more_queries():
     for n_images in (25, 100, 400):  # the same gallery again and again, in blocks out of reach
         copies = n_images // 25
         blocks = np.kron(np.eye(copies), noisy_gallery(25) + 100)
-        low, high = recall_intervals(blocks)["rsum"]
+        low, high = rank_intervals(query_ranks(blocks))["rsum"]
         widths.append(high - low)
     assert widths[1] == pytest.approx(widths[0] / 2, rel=0.15)
     assert widths[2] == pytest.approx(widths[0] / 4, rel=0.15)
 
 
 def test_intervals_follow_seed_and_level():
-    similarity = noisy_gallery(40)
-    first = recall_intervals(similarity, repeats=200, seed=3)
-    assert first == recall_intervals(similarity, repeats=200, seed=3)
-    assert first != recall_intervals(similarity, repeats=200, seed=4)
-    narrow = recall_intervals(similarity, repeats=200, seed=3, level=0.5)
+    found = query_ranks(noisy_gallery(40))
+    first = rank_intervals(found, repeats=200, seed=3)
+    assert first == rank_intervals(found, repeats=200, seed=3)
+    assert first != rank_intervals(found, repeats=200, seed=4)
+    narrow = rank_intervals(found, repeats=200, seed=3, level=0.5)
     for name in first:
         assert first[name][0] <= narrow[name][0] <= narrow[name][1] <= first[name][1]
 
@@ -308,7 +308,7 @@ def test_intervals_follow_seed_and_level():
 @pytest.mark.parametrize("options", [{"repeats": 0}, {"level": 0.0}, {"level": 1.0}])
 def test_intervals_reject_what_makes_no_sense(options):
     with pytest.raises(ValueError, match="repeats >= 1 and 0 < level < 1"):
-        recall_intervals(noisy_gallery(4), **options)
+        rank_intervals(query_ranks(noisy_gallery(4)), **options)
 
 
 # --- further K, properties, other implementations -----------------------------------------------

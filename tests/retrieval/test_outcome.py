@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import eval as evaluation
 import train
+from arguments import parse_train
 from lib.batch import Batch
 from lib.errors import InputError, NonFiniteError
 from lib.retrieval.analysis import analyse, duplicate_rows, hub_rows, wrong_pair_rows
@@ -204,6 +206,15 @@ def test_reranked_results_have_an_entry_of_their_own(run, scenes_path, capsys):
     assert "of the exact top 1/5/10 the T2I shortlist kept" in printed
 
 
+def test_a_control_on_shortlists_has_an_entry_of_its_own(run, scenes_path):
+    assert evaluate(run, scenes_path, "--rerank", "3") == 0
+    honest = json.loads((run / "results.json").read_text())["scenes_rerank3"]
+    assert evaluate(run, scenes_path, "--rerank", "3", "--selection_control", "random") == 0
+    tables = json.loads((run / "results.json").read_text())
+    assert tables["scenes_rerank3"] == honest
+    assert tables["scenes_rerank3_random"]["selection_control"] == "random"
+
+
 def test_an_ensemble_of_one_model_twice_ranks_as_that_model(run, scenes_path):
     assert evaluate(run, scenes_path) == 0
     single = json.loads((run / "results.json").read_text())
@@ -246,3 +257,13 @@ def test_cxc_of_another_data_set_is_one_sentence(run, scenes_path, capsys):
     pytest.importorskip("eccv_caption")
     assert evaluate(run, scenes_path, "--evaluate_cxc", "1") == 2
     assert "COCO's test split of 25,000 captions, not for 80" in capsys.readouterr().err
+
+
+def test_labels_that_train_can_not_use_are_told_before_training(monkeypatch):
+    asked = ["--eval", "1", "--evaluate_eccv", "1"]
+    with pytest.raises(InputError, match="--evaluate_eccv is for the image ids of --dataset coco"):
+        parse_train([*asked, "--dataset", "f30k"])
+    monkeypatch.setitem(sys.modules, "eccv_caption", None)
+    with pytest.raises(InputError, match="need eccv_caption"):
+        parse_train([*asked, "--dataset", "coco"])
+    assert parse_train([*asked[2:], "--dataset", "f30k"]).evaluate_eccv == 1  # read by nobody

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ import torch
 
 import eval as evaluation
 import train
+from data import validation_loaders
 from lib.batch import Batch
+from lib.data.splits import Split
 from lib.distributed import world_size
 from lib.methods.registry import method_names
 from lib.retrieval.ensemble import ensemble_facts
 from lib.retrieval.evaluation import SplitLoaders, evaluate_split, score_split
 from lib.retrieval.protocol import protocol_of, repeated_captions, strictest
-from tests.helpers import pair_inputs, tiny_model
+from tests.helpers import pair_inputs, tiny_args, tiny_model
+from vocab import WordTokenizer, learn_vocabulary
 
 
 def loaders_of(inputs, owner):
@@ -75,6 +79,29 @@ def test_dense_texts_that_repeat_the_captions_make_an_oracle():
     assert protocol_of(True, False, 2 / 3) == "oracle"
     assert protocol_of(True, False, 0.003) == "image"  # what real descriptions reach by chance
     assert protocol_of(False, False, 1.0) == "none"  # read by nobody
+
+
+def test_validation_is_marked_where_dense_texts_repeat_captions():
+    model, inputs = tiny_model("seps"), pair_inputs(method="seps")
+    for share, protocol in ((0.0, "image"), (0.5, "oracle")):
+        loaders = replace(loaders_of(inputs, "image"), repeated_share=share)
+        found = evaluate_split(model, loaders, torch.device("cpu"), torch.no_grad, False)
+        assert found["protocol"] == protocol
+
+
+def test_the_loaders_of_a_split_know_the_share(layouts):
+    args = tiny_args("seps", data_path=str(layouts), workers=0, batch_size=4)
+    told = Split(
+        dataset="f30k",
+        name="dev",
+        captions=["a man rides a red bike", "two dogs run on wet grass"],
+        image_ids=["1", "2"],
+        image_files=["1.jpg", "2.jpg"],
+        caption_image=np.array([0, 1]),
+        dense=["Here: a man rides a red bike.", "Dogs."],
+    )
+    tokenizer = WordTokenizer(learn_vocabulary(told.captions))
+    assert validation_loaders(args, told, tokenizer, "image", False).repeated_share == 0.5
 
 
 def test_an_ensemble_is_marked_by_the_member_that_was_told_most():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lib.errors import InputError
-from lib.retrieval.metrics import QueryRanks
+from lib.retrieval.metrics import QueryRanks, query_ranks
 from lib.retrieval.result_files import (
     ranks_file,
     read_ranks,
@@ -132,3 +132,12 @@ def test_missing_and_stale_files_say_so(tmp_path):
     (folder / "results.json").write_text('{"f30k_1k": {"rsum": 1.0}}')
     with pytest.raises(InputError, match="names no per-query ranks"):
         stored_results(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:200], lambda raw: raw[:60] + b"x" * 40])
+def test_a_damaged_file_of_ranks_is_one_sentence(tmp_path, damage):
+    path = tmp_path / "ranks.npz"
+    write_ranks(path, query_ranks(np.eye(50), 1))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match="no whole file of ranks"):
+        read_ranks(path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
 
 from lib.retrieval.text_baseline import encoder_similarity, tfidf_similarity
+from tests.conftest import write_layout
 from tools import text_baseline
 
 DENSE = ["a red boat on the sea", "two dogs run on grass", "a child eats a red apple"]
@@ -50,3 +53,14 @@ def test_the_tool_prints_both_rows(layouts, backbones, capsys):
     assert "tools.describe --dataset f30k --split dev" in capsys.readouterr().err
     assert text_baseline.main([*argv, "--encoder", "./nowhere"]) == 2
     assert "--encoder ./nowhere can't be loaded" in capsys.readouterr().err
+
+
+def test_texts_that_repeat_the_captions_are_an_oracle(tmp_path, capsys):
+    write_layout(tmp_path, "f30k", images=2)
+    captions = (tmp_path / "f30k" / "test_caps.txt").read_text().splitlines()
+    lines = [json.dumps({"text": f"It shows: {captions[5 * row]}."}) for row in range(2)]
+    (tmp_path / "f30k" / "f30k_test.jsonl").write_text("\n".join(lines) + "\n")
+    assert text_baseline.main(["--dataset", "f30k", "--data_path", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "protocol oracle: 2 dense texts" in printed
+    assert "not comparable" in printed
