@@ -13,7 +13,7 @@ help:
 	@echo "make demo        install, draw the data set 'scenes', train SEPS on it, evaluate"
 	@echo "make test        install, run the tests (make test-all: the slow ones too)"
 	@echo "make test-browser the page and the report in Debian's chromium, which it installs (as root)"
-	@echo "make lint        ruff check and format check"
+	@echo "make lint        ruff check, ruff format --check, mypy over lib"
 	@echo "make figure      draw what the model sees into imgs/, from the demo's checkpoint"
 	@echo "make compare     train and evaluate every method, three seeds (hours): runs/compare/README.md"
 	@echo "make tensorboard curves of every run"
@@ -58,9 +58,8 @@ lint-style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: lint-style
+	$(BIN)/mypy lib
 
 figure: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.visualize --checkpoint runs/demo/model_best.pth --image 4200 \
@@ -75,4 +74,4 @@ tensorboard: $(VENV)/.installed
 	$(BIN)/tensorboard --logdir runs
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -159,16 +159,19 @@ class Tokens(Rows):
         """Return the rows of all parts in order, padded to the longest part."""
         width = max(part.local.shape[1] for part in parts)
         even = [part.padded(width) for part in parts]
-        fragments = None
-        if even[0].fragments is not None:
-            fragments = Tokens.cat([part.fragments for part in even])
+        cls, dense, fragments = (_field(even, name) for name in ("cls", "dense", "fragments"))
         return Tokens(
             local=torch.cat([part.local for part in even]),
             mask=torch.cat([part.mask for part in even]),
-            cls=None if even[0].cls is None else torch.cat([part.cls for part in even]),
-            dense=None if even[0].dense is None else Tokens.cat([part.dense for part in even]),
-            fragments=fragments,
+            cls=None if cls is None else torch.cat(cls),
+            dense=None if dense is None else Tokens.cat(dense),
+            fragments=None if fragments is None else Tokens.cat(fragments),
         )
+
+
+def _field(parts: Sequence[Tokens], name: str) -> list[Any] | None:
+    """Return a field of all parts, None where the first part has none."""
+    return None if getattr(parts[0], name) is None else [getattr(part, name) for part in parts]
 
 
 def length_buckets(lengths: list[int], most: int, spread: float = 1.125) -> list[list[int]]:

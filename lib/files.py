@@ -91,7 +91,7 @@ def check_file(path: str | os.PathLike, hint: str = "") -> None:
         raise InputError(f"{path}: {LFS_WAY_OUT}")
 
 
-def check_folder(path: str | os.PathLike, flag: str, weights: bool = False) -> None:
+def check_folder(path: str | os.PathLike[str], flag: str, weights: bool = False) -> None:
     """Raise InputError where `path`, the value of `flag`, is no folder.
 
     `weights` looks at each file of the folder besides: none may be a Git LFS pointer.
@@ -100,7 +100,7 @@ def check_folder(path: str | os.PathLike, flag: str, weights: bool = False) -> N
         raise InputError(f"{flag} {path}: a file, where a folder is meant; name its folder")
     if not os.path.isdir(path):
         raise InputError(f"{flag} {path}: no such folder")
-    for entry in sorted(os.scandir(path), key=lambda one: one.name) if weights else ():
+    for entry in sorted(os.scandir(os.fspath(path)), key=lambda one: one.name) if weights else ():
         if entry.is_file():
             check_file(entry.path)
 

@@ -71,6 +71,8 @@ def find_place(url: str, world: int, rank: int) -> Place:
 
 
 def _address(url: str) -> tuple[str, int]:
+    host: str | None
+    port: int | None
     if url == "env://":
         host, port = os.environ.get("MASTER_ADDR", "").strip(), environment_integer("MASTER_PORT")
         if not host or port is None:

@@ -29,7 +29,7 @@ def read_dense(
             f"{path}: no dense text for {len(without) or len(image_ids)} of {len(image_ids)} "
             f"images (image ids {first_three(without or image_ids)}); {way_out}"
         )
-    return found
+    return [text for text in found if text is not None]  # all of them, as was seen
 
 
 def dense_records(path: Path, way_out: str) -> list[dict]:

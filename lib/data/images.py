@@ -52,10 +52,10 @@ def random_crop_and_flip(
     `full_size` is the (height, width) before: the box is drawn there, with the same numbers.
     """
     size = pixels.shape[-2:]
-    full_size = full_size or size
-    top, left, height, width = crop_box(*full_size, rng)
-    rows = _rescaled(top, height, size[0], full_size[0])
-    columns = _rescaled(left, width, size[1], full_size[1])
+    full_height, full_width = full_size or size
+    top, left, height, width = crop_box(full_height, full_width, rng)
+    rows = _rescaled(top, height, size[0], full_height)
+    columns = _rescaled(left, width, size[1], full_width)
     crop = resize(pixels[:, rows, columns], *image_size(img_res), resample)
     return crop.flip(-1) if rng.random() < 0.5 else crop
 

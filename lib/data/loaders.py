@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -116,9 +117,10 @@ class Collate:
             return None, bad_paths
         ids, lengths = self._pad([one.ids for one in good])
         dense_ids, dense_lengths = self._pad([one.dense_ids for one in good])
+        pixels: list[Any] = [one.pixels for one in good]  # all have them, or none
         regions = good[0].pixel_length is not None
         batch = Batch(
-            pixels=None if good[0].pixels is None else torch.stack([one.pixels for one in good]),
+            pixels=None if pixels[0] is None else torch.stack(pixels),
             pixel_lengths=torch.tensor([one.pixel_length for one in good]) if regions else None,
             ids=ids,
             lengths=lengths,
@@ -176,10 +178,10 @@ class EvalLoader:
 
     def after(self, count: int) -> EvalLoader:
         """Return the loader of the same items but for the first `count`."""
-        old = self._loader
+        old, dataset = self._loader, cast("EvalImages | EvalCaptions", self._loader.dataset)
         rest = make_loader(
-            old.dataset,
-            old.dataset.tokenizer,
+            dataset,
+            dataset.tokenizer,
             old.num_workers,
             old.pin_memory,
             batch_size=old.batch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -58,7 +58,8 @@ class ModelTokenizer(WordAugment):
     @property
     def tokens(self) -> list[str]:
         """The tokens in the order of their ids."""
-        return [self._tokenizer.id_to_token(index) for index in range(self.vocab_size)]
+        tokens = (self._tokenizer.id_to_token(index) for index in range(self.vocab_size))
+        return cast("list[str]", list(tokens))  # an id without a token is beyond the size
 
     def encode(self, text: str, max_word: int) -> list[int]:
         """Return the ids with special tokens, at most `max_word`; a cut keeps the closing ones."""

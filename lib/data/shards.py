@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lib.data.dense_texts import parse_dense
+from lib.data.dense_texts import dense_records
 from lib.data.extras import need
 from lib.data.packed import PackedTexts
 from lib.data.sources import SAMPLE_STREAM, ImageFolderSource, Sample, Tokenizer, seeded_generator
 from lib.data.tars import TarSample, expand_shards, read_samples, shard_name, shard_sizes
 from lib.errors import InputError
-from lib.files import text_lines
 
 SHARD_STREAM = 3  # keeps the draws of shards apart from those of pairs and samples
 BUFFER = 1000  # samples that are shuffled at a time, undecoded
@@ -104,9 +103,7 @@ def open_shards(
 
 
 def _read_dense(path: Path) -> DenseTexts:
-    records = [
-        parse_dense(line, f"{path}:{n}") for n, line in enumerate(text_lines(path, ""), start=1)
-    ]
+    records = dense_records(path, "")
     row_of = {str(one.get("image_id")): row for row, one in enumerate(records)}
     return DenseTexts(row_of, PackedTexts([one["text"] for one in records]))
 

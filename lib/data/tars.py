@@ -155,6 +155,6 @@ def _captions(raw: dict[str, Any], told: dict[str, Any], where: str) -> tuple[st
     except UnicodeDecodeError:
         raise InputError(f"{where}: its caption is not UTF-8") from None
     if not found:
-        value = next((told[one] for one in CAPTION_FIELDS if told.get(one)), [])
+        value: Any = next((told[one] for one in CAPTION_FIELDS if told.get(one)), [])
         found = value if isinstance(value, list) else [value]
     return tuple(clean for one in found if isinstance(one, str) and (clean := " ".join(one.split())))

@@ -39,7 +39,8 @@ def begin_worker(_: int) -> None:
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_after_lost_batch)
+    queue: Any = multiprocessing.queues.Queue  # whose hook is private, and told to no type checker
+    queue._on_queue_feeder_error = staticmethod(_end_after_lost_batch)
 
 
 def _end_after_lost_batch(error: Exception, item: Any) -> None:

@@ -43,7 +43,7 @@ class Method(MethodOptions, nn.Module):
         dense_owner: str | None = None,
     ) -> None:
         super().__init__()
-        self.image_encoder = image_encoder
+        self.image_encoder: Any = image_encoder  # None where no pixels are read
         self.text_encoder = text_encoder
         self.criterion = criterion
         self.shard_size = shard_size

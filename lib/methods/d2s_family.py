@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from lib.model.losses import AlignmentLoss
 from lib.model.pooling import GPO, TokenHead, drop_tokens
 from lib.model.precision import full_precision
 from lib.model.reasoning import linear, unit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
 
 LONGEST_DENSE = 512  # word pieces of a dense text: BERT's positions are the only limit
 SHARED_FLAGS = tuple(
@@ -167,7 +170,7 @@ class DenseToSparse(PooledMethod):
             raise InputError("--gpo pools the decoder's tokens: add --use_decoder")
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> DenseToSparse:
+    def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> Self:
         return cls(
             source.image(),
             source.text(),
@@ -276,7 +279,7 @@ class DenseToSparse(PooledMethod):
 
 
 def _prompt_of(args: argparse.Namespace) -> Callable[[], nn.Module]:
-    shape: tuple[Any, ...] = (args.embed_size, args.num_tokens)
+    shape = (args.embed_size, args.num_tokens)
     if args.use_decoder:
         return lambda: PromptDecoder(*shape, args.decoder_depth, args.gpo)
     return lambda: PromptAttention(*shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,6 +14,9 @@ from lib.methods.d2s_family import SHARED_FLAGS, DenseToSparse
 from lib.methods.registry import register_method
 from lib.model.encoders import EncoderSource
 from lib.model.reasoning import unit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
 
 
 @register_method("d2s_released")
@@ -30,7 +34,7 @@ class D2SReleased(DenseToSparse):
     pad_id: int = 0
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> D2SReleased:
+    def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> Self:
         model = super().from_args(args, source)
         model.pad_id = getattr(args, "pad_id", 0)  # the tokenizer's
         return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lib.errors import InputError
+from lib.methods.options import MethodOptions
 
 FREEZE = ("none", "image", "text", "both")
 
@@ -48,7 +49,9 @@ def check_freeze(args: argparse.Namespace) -> None:
             raise InputError(f"--freeze {args.freeze}: {reason} to keep; freeze the other side")
 
 
-def check_feature_cache(args: argparse.Namespace, method: type, training: bool = True) -> None:
+def check_feature_cache(
+    args: argparse.Namespace, method: type[MethodOptions], training: bool = True
+) -> None:
     """Raise InputError where `args.feature_cache` can't serve `method`, in `training` or at all."""
     if not getattr(args, "feature_cache", None):
         return

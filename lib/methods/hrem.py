@@ -165,7 +165,7 @@ class HREM(PooledMethod):
         """Return the loss dictionary as the base does; in training mode, count the call."""
         losses = super().training_losses(*args, **kwargs)
         if self.training:
-            self.trained += 1
+            self.trained.add_(1)
         return losses
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:

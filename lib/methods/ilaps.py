@@ -57,7 +57,7 @@ class ImprovedLAPS(LapsFamily):
         self.similarity_kind = similarity
         self.score_threshold = score_threshold
         self.word_selection = word_selection
-        self.temperature = 1.0
+        self.temperature: float | nn.Parameter = 1.0
         if similarity == "attn":
             self.i2t_attention = nn.Linear(embed_size, embed_size)
             self.t2i_attention = nn.Linear(embed_size, embed_size)

@@ -47,7 +47,8 @@ def bucketed(method: Method, texts: Tokens) -> TextBuckets:
     """Return the captions prepared, in buckets of about one length: no padding is multiplied."""
     captions = method.shard_size if torch.is_grad_enabled() else CAPTIONS_WITHOUT_GRAPH
     captions = min(_most_pairs(method, texts.local.device), captions)
-    buckets, order = [], []
+    buckets: list[Rows] = []
+    order: list[int] = []
     on_cpu = method.is_fused and texts.local.is_cpu  # there padding costs but the means
     spread = WIDE_SPREAD if on_cpu else SPREAD
     for rows in length_buckets(texts.lengths.tolist(), captions, spread):

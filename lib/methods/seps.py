@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class SEPS(Method):
         self.patch_score = PatchScore(embed_size)
         self.sparse_head = AggregationHead(embed_size, tokens)
         self.guide = None if dense_side == "none" else dense_side  # whose dense text guides
-        self.dense_head = None if self.guide is None else AggregationHead(embed_size, tokens)
+        self.dense_head: Any = None if self.guide is None else AggregationHead(embed_size, tokens)
         self.dense_gradient = dense_match != "none"
         self.dense_match = None
         if dense_match != "none":
@@ -394,7 +395,5 @@ class SEPS(Method):
             "alignment": alignment.detach(),
             "ratio": ratio.detach(),
         }
-        kept = {
-            key: maps[key].detach().mean() for key in ("kept_sparse", "kept_dense") if key in maps
-        }
-        return {**losses, **kept}
+        kept = [key for key in ("kept_sparse", "kept_dense") if key in maps]
+        return losses | {key: maps[key].detach().mean() for key in kept}

@@ -83,8 +83,8 @@ def best_affinities(
 
     It grows with the cosine, so that the maxima of one are those of the other.
     """
-    best = best_matches(cosines, token_mask, word_mask)
-    return tuple(leaky_relu(one, NEGATIVE_SLOPE) for one in best)
+    for_words, for_tokens = best_matches(cosines, token_mask, word_mask)
+    return leaky_relu(for_words, NEGATIVE_SLOPE), leaky_relu(for_tokens, NEGATIVE_SLOPE)
 
 
 def mean_of_best(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def _pretrained(
 ) -> PreTrainedModel:
     try:
         with _report_silenced():
-            model, report = kind.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 source,
                 config=config,
                 output_loading_info=True,
@@ -161,6 +162,7 @@ def _pretrained(
         raise InputError(
             f"{flag} {source}: no weights could be loaded ({unreachable(error)})"
         ) from None
+    model, report = loaded
     missing = [key for key in report["missing_keys"] if "position_ids" not in key]
     mismatched = [str(key) for key in report.get("mismatched_keys", [])]
     if missing or mismatched:
@@ -187,7 +189,7 @@ def _report_silenced() -> Iterator[None]:
 
 def _model_class(config: PretrainedConfig, source, flag: str) -> type[PreTrainedModel]:
     """Return the class that AutoModel takes for `config`; InputError where it suits no side."""
-    kind = getattr(transformers, TOWERS.get(config.model_type, ""), None)
+    kind: Any = getattr(transformers, TOWERS.get(config.model_type, ""), None)
     kind = kind or MODEL_MAPPING.get(type(config), None)
     kind = kind[0] if isinstance(kind, tuple) else kind
     reads = [] if kind is None else inspect.signature(kind.forward).parameters

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lib.batch import Tokens, image_size, length_mask
 from lib.errors import InputError, InputWarning
 from lib.memory import check_fits
 from lib.model.backbones import (
+    PretrainedConfig,
     freeze_unreached,
     hub_id,
     load_backbone,
@@ -55,6 +57,9 @@ class _Freezable(nn.Module):
         if self.frozen:
             self.backbone.eval()
         return self
+
+
+Encoder = TypeVar("Encoder", bound=_Freezable)
 
 
 class ImageEncoder(_Freezable):
@@ -228,6 +233,8 @@ def build_image_encoder(
     `tiny` is (width, layers, patch size) of the encoder trained from scratch; `image_norm` as
     `choose_preprocessing` takes it.
     """
+    source: PretrainedConfig | TimmConfig | str
+    backbone: nn.Module
     preprocessing, folder = None, None
     if config is not None:
         values = dict(config)
@@ -281,6 +288,7 @@ def build_text_encoder(
     One made from scratch has at least so many `positions`.
     Raises InputError where `max_word` exceeds the positions or the vocabularies disagree.
     """
+    source: PretrainedConfig | str
     if config is not None:
         source = saved_config(config)
     elif bert_path == "tiny":
@@ -359,7 +367,7 @@ class EncoderSource:
         )
         return self._as_asked(encoder, "text")
 
-    def _as_asked(self, encoder: _Freezable, side: str) -> _Freezable:
+    def _as_asked(self, encoder: Encoder, side: str) -> Encoder:
         if self.freeze in (side, "both"):
             encoder.freeze()
         elif self.lora_rank:

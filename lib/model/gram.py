@@ -71,7 +71,8 @@ class PairTokens:
         words (T, M, C), cosines where they are normalised. Tokens: the sums in order, then `fixed`.
         """
         tokens = sum(one.weights.shape[2] for one in self.sums)
-        if self.gram is not None and gram_pays(tokens, *self.patches.shape[1:], words.shape[1]):
+        _, patches, width = self.patches.shape
+        if self.gram is not None and gram_pays(tokens, patches, width, words.shape[1]):
             return self._gram_form(words)
         return self._direct_form(words)
 
@@ -131,7 +132,7 @@ def gram_matrix(patches: Tensor, tokens: int) -> Tensor | None:
     """
     if torch.is_autocast_enabled(patches.device.type) or patches.dtype.itemsize < 4:
         return None
-    if not gram_pays(tokens, *patches.shape[1:], TYPICAL_WORDS):
+    if not gram_pays(tokens, patches.shape[1], patches.shape[2], TYPICAL_WORDS):
         return None
     return patches @ patches.transpose(1, 2)
 

@@ -147,7 +147,8 @@ def _regulariser(relevance: Tensor, images: Tensor, texts: Tensor) -> Tensor:
     size = len(images)
     near = closeness(images.detach(), texts.detach())  # (B, B)
     i2t, t2i = relevance[:size, size:], relevance[size:, :size]
-    return sum(
+    images_kl, texts_kl = (
         kl_div(taught.log_softmax(1), learnt.softmax(1), reduction="batchmean")
         for taught, learnt in ((near, i2t), (near.T, t2i))
     )
+    return images_kl + texts_kl

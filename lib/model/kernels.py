@@ -248,7 +248,8 @@ def _match(
         best = torch.maximum(best, per_word)
         for_tokens = torch.cat([for_tokens, per_token], 2)
     # monotone, so after the maxima; cosines leave [-1, 1] only where a norm is all rounding error
-    return tuple(leaky_relu(one.clamp(-1, 1), NEGATIVE_SLOPE) for one in (best, for_tokens))
+    best, for_tokens = (leaky_relu(one.clamp(-1, 1), NEGATIVE_SLOPE) for one in (best, for_tokens))
+    return best, for_tokens
 
 
 def _launch(

@@ -177,7 +177,7 @@ class AlignmentLoss(nn.Module):
             factor = self.log_scale.exp().clamp(max=LARGEST_LOGIT_SCALE)
             return info_nce(similarity, negatives, factor)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.draws))
-        self.draws += 1
+        self.draws.add_(1)
         low, high = self.score_range
         cosines = 2 * (similarity - low) / (high - low) - 1
         return distance_weighted_triplet(

@@ -117,19 +117,21 @@ def matches(
     It hands NaN on, takes logits that lie any distance apart, and is faster with long captions.
     """
     mean = float(word_mask.sum()) / max(1, len(words))
-    if not pays(logits.shape[1], *patches.shape[1:], mean, k):
+    if not pays(logits.shape[1], patches.shape[1], patches.shape[2], mean, k):
         return None
     tops = logits.amax(2, keepdim=True)
     apart = logits.numel() and float((tops - logits).amax())
     if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words):
         return None
+    for_words = scores.new_empty(*scores.shape[:2], words.shape[1])
+    for_tokens = scores.new_empty(*scores.shape[:2], logits.shape[1] + 1 + fixed.shape[1])
     images = {
         "scores": scores,
         **_weighed(logits - tops, patches, added),
         "gram": patches @ patches.transpose(1, 2) if gram is None else gram.contiguous(),
         "fixed_mask": fixed_mask.contiguous(),
-        "for_words": scores.new_empty(*scores.shape[:2], words.shape[1]),
-        "for_tokens": scores.new_empty(*scores.shape[:2], logits.shape[1] + 1 + fixed.shape[1]),
+        "for_words": for_words,
+        "for_tokens": for_tokens,
     }
     unit = normalize(fixed, dim=-1, eps=SMALLEST_NORM)
     sources = torch.cat([patches, unit] if added is None else [patches, added, unit], 1)
@@ -143,7 +145,7 @@ def matches(
         "fused_counts": int(fused_counts),
     }
     _match(images, sources, words[word_mask], _word_rows(word_mask), sizes)
-    return images["for_words"], images["for_tokens"]
+    return for_words, for_tokens
 
 
 def _weighed(logits: Tensor, patches: Tensor, added: Tensor | None) -> dict[str, Tensor | None]:

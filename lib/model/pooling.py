@@ -124,7 +124,7 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics of what was seen; their variance is the unbiased one."""
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)
         share = self.momentum * (count > 0).to(mean.dtype)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)

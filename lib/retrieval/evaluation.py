@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,12 +26,25 @@ COCO_FOLDS = 5
 PUBLISHED_NAMES = {("f30k", 1000): "f30k_1k", ("coco", 5000): "coco_5k"}
 
 
+class Batches(Protocol):
+    """One side of a split, read in batches; lib.data.loaders has what does it."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches in order."""
+
+    def first(self, indices: Sequence[int]) -> Batch:
+        """Return one batch of the items that `indices` name."""
+
+    def after(self, count: int) -> Batches:
+        """Return the items but for the first `count`."""
+
+
 @dataclass
 class SplitLoaders:
     """A split made ready: this rank's images and captions in batches, and who belongs to whom."""
 
-    images: Iterable[Batch]
-    captions: Iterable[Batch]
+    images: Batches
+    captions: Batches
     caption_images: np.ndarray  # (N_captions,) row of each caption's image, all ranks
     num_images: int
     name: str = "split"

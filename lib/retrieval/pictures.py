@@ -41,8 +41,8 @@ def kept_overlay(
         raise ValueError(f"{len(kept)} patches do not form a grid of {grid[0]} x {grid[1]}")
     size = round(side * image.shape[1] / image.shape[0]), side  # OpenCV's order: width first
     large = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    mask = kept.reshape(grid).astype(np.uint8)
-    mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)[:, :, None]
+    coarse = kept.reshape(grid).astype(np.uint8)
+    mask = cv2.resize(coarse, size, interpolation=cv2.INTER_NEAREST)[:, :, None]
     grey = np.repeat(large.mean(axis=2, keepdims=True), 3, axis=2)
     return np.where(mask == 1, large, DIMMED * grey).astype(np.uint8)
 

@@ -99,8 +99,9 @@ def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     start = 0
     for part in parts:
         for name in part.dtype.names:
-            inner = tuple(slice(side) for side in part.dtype[name].shape)
-            whole[name][(slice(start, start + len(part)), *inner)] = part[name]
+            inner = (slice(side) for side in part.dtype[name].shape)
+            place = (slice(start, start + len(part)), *inner)
+            whole[name][place] = part[name]
         start += len(part)
     return whole
 

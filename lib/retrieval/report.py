@@ -293,7 +293,8 @@ def _example(one: Example) -> str:
 def arguments(runs: Sequence[RunReport]) -> str:
     """Return the flags: those in which the runs differ on top, the others folded away."""
     flags = sorted(set().union(*(run.arguments for run in runs)))
-    differing, alike = [], []
+    differing: list[tuple[str, list[str]]] = []
+    alike: list[tuple[str, list[str]]] = []
     for flag in flags:
         values = [str(run.arguments.get(flag, "")) for run in runs]
         (differing if len(set(values)) > 1 else alike).append((flag, values))

@@ -149,7 +149,8 @@ def read_ranks(path: str | Path) -> QueryRanks:
         ) from None
     except (*DAMAGED, ValueError, KeyError, EOFError) as error:
         raise InputError(f"{path} is no whole file of ranks ({error}): evaluate anew") from None
-    return QueryRanks(*(arrays[name].astype(np.int64) for name in arrays), folds=folds, ties=ties)
+    i2t, t2i, caption_images = (found.astype(np.int64) for found in arrays.values())
+    return QueryRanks(i2t, t2i, caption_images, folds, ties)
 
 
 def stored_results(folder: str | Path) -> list[dict[str, StoredResult]]:

@@ -127,7 +127,8 @@ class Trainer:
         hard = self.settings.max_violation or epoch >= self.settings.vse_mean_warmup_epochs
         self.model.set_hard_negatives(hard)
         self.model.train()
-        clock, bad_images = Clock(), set()
+        clock = Clock()
+        bad_images: set[str] = set()
         batches = clock.waiting(self.train_batches(epoch, progress.batch))
         with epoch_bar(
             epoch, self.settings.num_epochs, self.batches_per_epoch, progress.batch
@@ -141,7 +142,7 @@ class Trainer:
                 outcome = self._step(group, epoch, position) if group else None
                 progress.batch = position
                 if outcome is not None:
-                    clock.stepped(sum(len(batch.ids) for batch in group) * world_size())
+                    clock.stepped(sum(map(len, (batch.ids for batch in group))) * world_size())
                     self._report(outcome, clock, bar)
                     self._save_and_validate_in_time(clock)
         if bad_images:

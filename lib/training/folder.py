@@ -17,7 +17,7 @@ from lib.errors import InputError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module else
 
 LOCK = ".lock"
 LEFTOVERS = (

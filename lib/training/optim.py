@@ -22,8 +22,9 @@ def parameter_groups(
     neither are LoRA's new layers. Two ratios are the image's and the text's. Biases, norms and
     scalars are decayed like the rest, as the LAPS family does. Source: SPEC 6.
     """
-    two = isinstance(backbone_ratio, Sequence)
-    image, text = backbone_ratio if two else (backbone_ratio, backbone_ratio)
+    if not isinstance(backbone_ratio, Sequence):
+        backbone_ratio = (backbone_ratio, backbone_ratio)
+    image, text = backbone_ratio
     rates = {"backbones": image, "text backbone": text, "heads": 1.0}
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():

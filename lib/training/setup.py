@@ -53,5 +53,6 @@ def _compiler_fault(device: torch.device) -> str | None:
 
 def _backbones(model: Method) -> Iterator[nn.Module]:
     for encoder in (model.image_encoder, model.text_encoder):
-        if encoder is not None and hasattr(encoder, "backbone"):
-            yield encoder.backbone
+        backbone = getattr(encoder, "backbone", None)
+        if isinstance(backbone, nn.Module):
+            yield backbone

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class StopRequest:
@@ -23,7 +24,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets the main thread alone handle signals
             return
-        previous = {}
+        previous: dict[int, Any] = {}  # handlers, as `signal` knows them
 
         def note(number: int, frame: object) -> None:
             self.number = number
@@ -34,5 +35,5 @@ class StopRequest:
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for taken, handler in previous.items():
+                signal.signal(taken, handler)

@@ -103,7 +103,7 @@ class OpenAIBackend:
             await self.gate.wait()
             try:
                 return await asyncio.wait_for(self._ask(client, url), self.settings.time_limit)
-            except (asyncio.TimeoutError, *self._errors()) as error:
+            except self._failures() as error:
                 self._refuse_useless(error)
                 headers = getattr(getattr(error, "response", None), "headers", {})
                 wait = said_wait(headers) if _status(error) in (429, 503) else None
@@ -118,9 +118,10 @@ class OpenAIBackend:
                 else:
                     await asyncio.sleep(back_off(tries, self.settings.first_wait))
 
-    def _errors(self) -> tuple[type[Exception], ...]:
+    def _failures(self) -> tuple[type[Exception], ...]:
         """Return what a try may fail with: the client's errors, and answers that are no answers."""
-        return (self.openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError, OSError)
+        answers = (ValueError, TypeError, AttributeError, LookupError)
+        return (asyncio.TimeoutError, self.openai.OpenAIError, *answers, OSError)
 
     def _refuse_useless(self, error: Exception) -> None:
         status = _status(error)

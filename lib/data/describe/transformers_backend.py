@@ -47,8 +47,8 @@ class TransformersBackend:
         import transformers  # slow
 
         # transformers 4.45 has the older name alone
-        newer = getattr(transformers, "AutoModelForImageTextToText", None)
-        kind = newer or transformers.AutoModelForVision2Seq
+        names = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")
+        kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
         placed = {} if device_map is None else {"device_map": device_map}
         try:
             processor = transformers.AutoProcessor.from_pretrained(self.name)

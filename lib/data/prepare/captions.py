@@ -151,6 +151,7 @@ def _from_table(path: Path, lines: list[str], wanted: Columns) -> tuple[list[Row
     delimiter = _delimiter(path, lines[0])
     cells = list(_cells(path, lines, delimiter))
     head = [one.strip() for one in cells[0][1]]
+    columns: tuple[int | None, ...]
     if _is_data(head):
         if len(head) < 2:
             raise InputError(f"{path}:1: one column; an image and a caption are needed")

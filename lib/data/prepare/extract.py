@@ -103,7 +103,7 @@ def safe_name(key: str, data: bytes | None, where: str, ending: str | None = Non
     """
     parts = [re.sub(r"[^\w.\-]", "_", part) for part in key.replace("\\", "/").split("/")]
     plain = "/".join(part for part in parts if part.strip("."))
-    ending = ending or (data and image_ending(data))
+    ending = ending or (image_ending(data) if data else None)
     if not plain or not ending:
         raise InputError(f"{where}: the image of {key!r} is of no known kind (JPEG, PNG, WebP)")
     return plain if plain.lower().endswith(ending) else plain + ending

@@ -75,15 +75,22 @@ def _columns(table: Any, wanted: Columns, where: str) -> tuple[str, str, str | N
     typed = [one for one in names if isinstance(table.features[one], datasets.Image)]
     image = pick_column(names, typed[:1], wanted.image, "image_column", where)
     caption = pick_column(names, CAPTION_COLUMNS, wanted.caption, "caption_column", where)
-    for what, found in (("image", image), ("caption", caption)):
-        if found is None:
-            raise InputError(
-                f"{where}: which of the columns {', '.join(names)} holds the {what}? "
-                f"Name it with --{what}_column"
-            )
+    image, caption = (
+        _known(found, what, names, where)
+        for what, found in (("image", image), ("caption", caption))
+    )
     split = pick_column(names, SPLIT_COLUMNS, wanted.split, "split_column", where)
     file = pick_column([one for one in names if one != image], FILE_COLUMNS, None, "", where)
     return image, caption, split, file
+
+
+def _known(column: str | None, what: str, names: list[str], where: str) -> str:
+    if column is None:
+        raise InputError(
+            f"{where}: which of the columns {', '.join(names)} holds the {what}? "
+            f"Name it with --{what}_column"
+        )
+    return column
 
 
 def _samples(

@@ -130,7 +130,7 @@ def draw_scene(scene: Scene, image_size: int) -> np.ndarray:
 def visible_shares(scene: Scene) -> list[float]:
     """Return, for each thing, the share of its area that no thing in front of it hides, 0 to 1."""
     hidden = np.zeros((CANVAS, CANVAS), np.uint8)
-    shares = []
+    shares: list[float] = []
     for thing in reversed(scene.things):
         area = np.zeros_like(hidden)
         cv2.fillPoly(area, _points(thing, CANVAS), 1, cv2.LINE_8, SUBPIXEL_BITS)

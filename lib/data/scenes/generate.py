@@ -113,10 +113,10 @@ def _changed_thing(
         return replace(thing, row=row, column=column)
     looks = {(other.shape, other.colour) for other in things}
     if kind == "colour":
-        free = [colour for colour in COLOURS if (thing.shape, colour) not in looks]
-        return replace(thing, colour=pick(rng, free))
-    free = [shape for shape in SHAPES if (shape, thing.colour) not in looks]
-    return replace(thing, shape=pick(rng, free))
+        colours = [colour for colour in COLOURS if (thing.shape, colour) not in looks]
+        return replace(thing, colour=pick(rng, colours))
+    shapes = [shape for shape in SHAPES if (shape, thing.colour) not in looks]
+    return replace(thing, shape=pick(rng, shapes))
 
 
 def generate_scenes(
@@ -139,7 +139,8 @@ def generate_scenes(
         return
     root = Path(root)
     _clear(root)
-    records, total = [], sum(sizes)
+    records: list[dict] = []
+    total = sum(sizes)
     for split_index, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
         for pair in range(size // 2):
             rng = np.random.default_rng((seed, split_index, pair))
