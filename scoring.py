@@ -21,10 +21,10 @@ from data import (
     validation_loaders,
 )
 from lib import distributed
-from lib.checkpoints.checkpoint import restore_model
+from lib.checkpoints.checkpoint import BEST, restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
-from lib.data.fingerprint import split_fingerprint
+from lib.data.fingerprint import files_fingerprint, split_fingerprint
 from lib.data.scenes.facts import named_coverage
 from lib.data.splits import Split, ids_in, warn_of_shared_images
 from lib.errors import InputError
@@ -37,19 +37,27 @@ from lib.model.selection import control_selection
 from lib.retrieval import outcome
 from lib.retrieval.analysis import analyse
 from lib.retrieval.coco_labels import check_order, load_labels
-from lib.retrieval.ensemble import added, ensemble_facts, ensemble_folder, uneven_spreads
-from lib.retrieval.evaluation import SplitLoaders, SplitScores, score_split
+from lib.retrieval.ensemble import (
+    added,
+    check_same_data,
+    ensemble_facts,
+    ensemble_folder,
+    uneven_spreads,
+)
+from lib.retrieval.evaluation import SplitLoaders, score_split
 from lib.retrieval.gallery import Gallery
 from lib.retrieval.kept_area import named_area_kept
 from lib.retrieval.protocol import protocol_of
 from lib.retrieval.rerank import rerank_split
-from lib.retrieval.result_files import RESULTS, code_facts, file_digest, save_matrix
+from lib.retrieval.result_files import CHANGES, RESULTS, code_facts, file_digest, save_matrix
 from lib.retrieval.shards import RowStore
 from vocab import checkpoint_tokenizer
 
 # where the data lies and how it is read: always this call's, not the checkpoint's
 DATA_FLAGS = """data_path image_path f30k_img_path coco_img_path batch_size workers amp
 feature_cache""".split()
+# what an evaluation's rows depend on, beside the checkpoint, data and code
+ROW_FLAGS = "vit_path bert_path amp selection_control".split()
 UNFINISHED = ".unfinished_scores"  # folder beside the checkpoint: rows of a killed evaluation
 
 
@@ -75,8 +83,9 @@ def evaluate_checkpoint(
     used, the destinations before the work.
     """
     checkpoint = checkpoint_file(checkpoint)
-    _check_destinations(checkpoint, args)
+    _check_destinations(checkpoint.with_name(RESULTS) if checkpoint.is_file() else None, args)
     member = open_member(checkpoint, args, device)
+    rows = None if args.rerank else _row_store(member, args, device)
     started, autocast = time.perf_counter(), autocast_for(args.amp, device)
     if args.rerank:
         found = rerank_split(member.model, member.loaders, device, autocast, args.rerank)
@@ -85,7 +94,7 @@ def evaluate_checkpoint(
             member.gallery, found, args.rerank, args.recall_at, _control_label(args)
         )
     else:
-        scores = _scores(member, args, device)
+        scores = score_split(member.model, member.loaders, device, autocast, store=rows)
         matrix, carried = scores.matrix, scores.carried
         measured = _shared(lambda: _measured(member.gallery, matrix, args))
     facts = {
@@ -93,13 +102,16 @@ def evaluate_checkpoint(
         "protocol": protocol_of(*carried, member.loaders.repeated_share),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if distributed.is_main():
-        facts |= _kept_area(member, device, autocast)
+    facts |= distributed.on_main(lambda: _kept_area(member, device, autocast)) or {}
     measured = measured.with_facts(facts)
-    if distributed.is_main():
+
+    def publish() -> None:
         _publish(str(checkpoint), checkpoint.parent, measured, args)
         _publish_matrix(member.gallery, matrix, measured, args)
-        RowStore.discard_all(checkpoint.with_name(UNFINISHED))
+        if rows is not None:
+            rows.discard()
+
+    distributed.on_main(publish)
     return measured.tables
 
 
@@ -110,13 +122,17 @@ def evaluate_ensemble(
 
     The results go into a folder of their own. Raises InputError as `evaluate_checkpoint` does.
     """
-    for checkpoint in checkpoints:
-        _check_destinations(checkpoint, args)
-    started = time.perf_counter()
-    matrices, members = [], []
+    folder = ensemble_folder(args.runs, checkpoints, BEST)
+    _check_destinations(folder / RESULTS, args)
+    started, autocast = time.perf_counter(), autocast_for(args.amp, device)
+    names = [str(one.parent) for one in checkpoints]
+    matrices, members, stores = [], [], []
     for checkpoint in checkpoints:
         member = open_member(checkpoint, args, device)
-        scores = _scores(member, args, device)
+        data = [*(one["data"] for one in members), member.facts["data"]]
+        check_same_data(names[: len(data)], data)
+        stores.append(_row_store(member, args, device))
+        scores = score_split(member.model, member.loaders, device, autocast, store=stores[-1])
         matrices.append(scores.matrix)
         protocol = protocol_of(*scores.carried, member.loaders.repeated_share)
         members.append({**member.facts, "protocol": protocol})
@@ -124,16 +140,18 @@ def evaluate_ensemble(
     measured = _shared(lambda: _measured(member.gallery, matrix, args, label="_ensemble"))
     facts = {**_shared_facts(member, args), **ensemble_facts(members)}
     measured = measured.with_facts({**facts, "seconds": round(time.perf_counter() - started, 2)})
-    names = [str(one.parent) for one in checkpoints]
     uneven = distributed.on_main(lambda: uneven_spreads(names, matrices))
     if uneven:
         measured.notes.append(uneven)
-    if distributed.is_main():
-        folder = ensemble_folder(args.runs, checkpoints)
+
+    def publish() -> None:
         _publish(f"ensemble {folder.name}", folder, measured, args)
         _publish_matrix(member.gallery, matrix, measured, args)
-        for checkpoint in checkpoints:
-            RowStore.discard_all(checkpoint.with_name(UNFINISHED))
+        for store in stores:
+            if store is not None:
+                store.discard()
+
+    distributed.on_main(publish)
     return measured.tables
 
 
@@ -184,20 +202,28 @@ def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device
     return Member(checkpoint, model, loaders, gallery, facts, settings, split)
 
 
-def _scores(member: Member, args: argparse.Namespace, device: torch.device) -> SplitScores:
-    """Return the scores of all pairs, from the rows of a killed evaluation on where there are."""
+def _row_store(member: Member, args: argparse.Namespace, device: torch.device) -> RowStore | None:
+    """Return where the rows of a killed evaluation lie, and finished ones go.
+
+    None where the code has changes that no commit tells: its rows could be of other code.
+    """
+    facts, split = member.facts, member.split
+    if str(facts["commit"]).endswith(CHANGES):
+        return None
+    files = split.image_files if split.regions is None else [split.regions.file]
+    known = "checkpoint_sha256", "data", "commit", "versions", "method"
     made_from = {
-        "checkpoint": member.facts["checkpoint_sha256"],
-        "data": member.facts["data"],
-        "commit": member.facts["commit"],
-        "amp": args.amp,
-        "selection_control": args.selection_control,
+        **{name: facts[name] for name in known},
+        "images": distributed.broadcast_value(
+            distributed.on_main(lambda: files_fingerprint(files))
+        ),
+        "device": device.type,
         "feature_cache": bool(args.feature_cache),
+        **{name: getattr(args, name) for name in ROW_FLAGS},
     }
-    columns = len(member.gallery.captions)
-    rows = RowStore(member.checkpoint.with_name(UNFINISHED), made_from, columns)
-    autocast = autocast_for(args.amp, device)
-    return score_split(member.model, member.loaders, device, autocast, store=rows)
+    name = f"{split.dataset}_{split.name}{_control_label(args)}"
+    folder = member.checkpoint.with_name(UNFINISHED)
+    return RowStore(folder, made_from, len(member.gallery.captions), name)
 
 
 def _shared(work: Callable[[], outcome.Outcome]) -> outcome.Outcome:
@@ -270,15 +296,18 @@ def _warn_of_vocabulary(model: Method, tokenizer: Any) -> None:
         warn_of_small_vocabulary(tokenizer.vocab_size, config.vocab_size, "the checkpoint")
 
 
-def _check_destinations(checkpoint: Path, args: argparse.Namespace) -> None:
-    if not distributed.is_main():
-        return
-    if args.save_results and checkpoint.is_file():
-        check_destination(checkpoint.with_name(RESULTS), "--save_results")
-    if args.save_similarity:
-        check_destination(args.save_similarity, "--save_similarity")
-    if args.analyse:
-        check_destination(Path(args.analyse) / "ranks.csv", "--analyse", make_folder=True)
+def _check_destinations(results: Path | None, args: argparse.Namespace) -> None:
+    """Raise InputError, on every rank, where rank 0 can't write what is asked for."""
+
+    def check() -> None:
+        if args.save_results and results is not None:
+            check_destination(results, "--save_results", make_folder=True)
+        if args.save_similarity:
+            check_destination(args.save_similarity, "--save_similarity")
+        if args.analyse:
+            check_destination(Path(args.analyse) / "ranks.csv", "--analyse", make_folder=True)
+
+    distributed.on_main(check)
 
 
 def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):

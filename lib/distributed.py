@@ -282,7 +282,7 @@ def on_main(work: Callable[[], Value]) -> Value | None:
     if is_main():
         try:
             value = work()
-        except (OSError, InputError, NonFiniteError) as caught:
+        except (OSError, InputError, NonFiniteError, WorkerError) as caught:
             error = caught
     agree(error)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,6 +68,21 @@ def fingerprint_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if None not in dense and dense[0] != dense[1]:
         found.append("the dense texts")
     return found
+
+
+def files_fingerprint(paths: Iterable[str | os.PathLike]) -> dict[str, Any]:
+    """Return how many files there are and a SHA-256 of their paths, sizes and times of change.
+
+    The contents are not read; a file that is not there counts as such.
+    """
+    lines = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+            lines.append(f"{path} {found.st_size} {found.st_mtime_ns}")
+        except OSError:
+            lines.append(f"{path} missing")
+    return {"files": len(lines), "sha256": _digest(lines)}
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,12 @@ import numpy as np
 from lib.errors import InputError
 from lib.retrieval.protocol import strictest
 
+SHARED = {  # what members must share, by the key of their data's fingerprint
+    "split": "the split",
+    "captions_sha256": "the captions' words or order",
+    "ids_sha256": "the image ids",
+}
+LONGEST_NAME = 150  # of a folder, before its digest
 UNEVEN = 3.0  # times wider: one member decides nearly alone
 
 
@@ -45,9 +53,34 @@ def ensemble_facts(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def ensemble_folder(runs: str | Path, checkpoints: Sequence[Path]) -> Path:
-    """Return where the results of an ensemble go: beside no single model's."""
-    return Path(runs) / "ensembles" / "+".join(one.parent.name for one in checkpoints)
+def check_same_data(names: Sequence[str], data: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError where members score other captions than the first, or in another order.
+
+    data: what `split_fingerprint` says of each member's split.
+    """
+    for name, one in zip(names[1:], data[1:], strict=True):
+        differing = [told for key, told in SHARED.items() if one[key] != data[0][key]]
+        if differing:
+            raise InputError(
+                f"--ensemble: {names[0]} and {name} differ in {' and '.join(differing)}; they must "
+                "score the same data: name it with --dataset and --data_path"
+            )
+
+
+def ensemble_folder(runs: str | Path, checkpoints: Sequence[Path], usual: str) -> Path:
+    """Return where the results of an ensemble go: beside no single model's, nor another ensemble's.
+
+    Checkpoints named `usual` in folders right below `runs` give it their names, others a digest
+    besides.
+    """
+    home = Path(runs).resolve()
+    places = [one.resolve() for one in checkpoints]
+    name = "+".join(one.parent.name for one in checkpoints)
+    plain = all(one == home / one.parent.name / usual for one in places)
+    if not plain or name.count("+") >= len(places) or len(name) > LONGEST_NAME:
+        told = "\n".join(str(Path(os.path.relpath(one, home))) for one in places)
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    return Path(runs) / "ensembles" / name
 
 
 def uneven_spreads(names: Sequence[str], matrices: Sequence[np.ndarray]) -> str | None:

@@ -25,6 +25,7 @@ from lib.retrieval.metrics import QueryRanks
 
 RESULTS = "results.json"
 DAMAGED = (OSError, zipfile.BadZipFile, zlib.error)  # what a torn .npz raises
+CHANGES = "+changes"  # behind the commit of files that differ from it
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -57,7 +58,7 @@ def code_facts() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of this code, "+changes" behind it where files differ; None without git."""
+    """Return the commit of this code, `CHANGES` behind it where files differ; None without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -70,7 +71,7 @@ def _commit() -> str | None:
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        return git("rev-parse", "HEAD") + (CHANGES if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

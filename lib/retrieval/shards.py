@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ class RowStore:
     """This rank's finished rows, in order, as files below `folder`, which all ranks share.
 
     `made_from` is what the rows depend on (plain values): rows of anything else lie in another
-    folder, named by its digest. Where nothing can be written the evaluation goes on without, and
-    says so once.
+    folder, named by its digest behind `name`, that of the result. Where nothing can be written the
+    evaluation goes on without, and says so once.
     """
 
-    def __init__(self, folder: str | Path, made_from: Mapping[str, Any], columns: int) -> None:
-        self.root = Path(folder)
+    def __init__(
+        self, folder: str | Path, made_from: Mapping[str, Any], columns: int, name: str = "split"
+    ) -> None:
+        self.root, self.name = Path(folder), name.replace("/", "_")
         told = json.dumps({**made_from, "processes": world_size()}, sort_keys=True, default=str)
-        self.folder = self.root / hashlib.sha256(told.encode()).hexdigest()[:16]
+        self.folder = self.root / f"{self.name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
         self.columns = columns
         self.broken = False
 
@@ -59,10 +62,16 @@ class RowStore:
                 file=sys.stderr,
             )
 
-    @staticmethod
-    def discard_all(folder: str | Path) -> None:
-        """Remove the rows of this and of earlier evaluations; one process calls it, at the end."""
-        shutil.rmtree(folder, ignore_errors=True)
+    def discard(self) -> None:
+        """Remove the rows of this and of earlier evaluations of the same name, at the end.
+
+        One process calls it. Rows of other results, as of another split, stay.
+        """
+        for one in self.root.iterdir() if self.root.is_dir() else ():
+            if one.name.rpartition("-")[0] in ("", self.name):  # "": of before rows had names
+                shutil.rmtree(one, ignore_errors=True)
+        with suppress(OSError):  # not empty, or not there
+            self.root.rmdir()
 
     def _path(self, start: int) -> Path:
         return self.folder / f"rank{rank()}_{start:07d}.npy"

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import eval as evaluation
+import scoring
 import train
 from arguments import parse_train
 from lib.batch import Batch
 from lib.errors import InputError, NonFiniteError
 from lib.retrieval.analysis import analyse, duplicate_rows, hub_rows, wrong_pair_rows
-from lib.retrieval.ensemble import added, uneven_spreads
+from lib.retrieval.ensemble import added, check_same_data, ensemble_folder, uneven_spreads
 from lib.retrieval.evaluation import SplitLoaders, score_split
 from lib.retrieval.gallery import Gallery
 from lib.retrieval.metrics import query_ranks
@@ -90,6 +91,31 @@ def test_matrices_are_added():
         added([one, two.T])
     assert uneven_spreads(["a", "b"], [two, 2 * two]) is None
     assert "b spreads 50 times wider than a" in uneven_spreads(["a", "b"], [two, 50 * two])
+
+
+def test_members_that_scored_other_data_are_refused():
+    one = {"split": "test", "captions_sha256": "a", "ids_sha256": "b"}
+    check_same_data(["x", "y"], [one, dict(one)])
+    with pytest.raises(InputError, match="x and z differ in the captions' words or order; they"):
+        check_same_data(["x", "y", "z"], [one, one, {**one, "captions_sha256": "c"}])
+
+
+def test_no_two_ensembles_share_a_folder(tmp_path):
+    def folder(*names):
+        return ensemble_folder(tmp_path, [tmp_path / name for name in names], "best.pth")
+
+    home = tmp_path / "ensembles"
+    assert folder("a/best.pth", "b/best.pth") == home / "a+b"
+    others = [
+        folder("a/best.pth", "b/last.pth"),
+        folder("a/seed0/best.pth", "b/seed0/best.pth"),
+        folder("c/seed0/best.pth", "b/seed0/best.pth"),
+        folder("a+b/best.pth", "c/best.pth"),
+        folder("a/best.pth", "b+c/best.pth"),
+        folder(*(f"{'long' * 9}{row}/best.pth" for row in range(9))),
+    ]
+    assert len({home / "a+b", *others}) == 7
+    assert all(one.parent == home and len(one.name) < 200 for one in others)
 
 
 def test_shortlists_and_what_they_kept_by_hand():
@@ -229,6 +255,32 @@ def test_an_ensemble_of_one_model_twice_ranks_as_that_model(run, scenes_path):
     assert [one["checkpoint_sha256"] for one in table["members"]] == [
         single["scenes"]["checkpoint_sha256"]
     ] * 2
+
+
+def test_an_ensemble_looks_at_its_own_folder_before_the_work(run, scenes_path, tmp_path, capsys):
+    (tmp_path / "ensembles").write_text("no folder")
+    flags = ["--ensemble", str(run), str(run), "--runs", str(tmp_path)]
+    assert evaluation.main(["--data_path", str(scenes_path / "nowhere"), *flags]) == 2
+    told = capsys.readouterr().err
+    assert f"--save_results {tmp_path / 'ensembles'}" in told
+    assert "can't be written" in told
+
+
+def test_members_on_other_captions_are_told_before_the_second_is_scored(
+    run, scenes_path, monkeypatch, capsys
+):
+    scored, seen = [], iter(("a", "b"))
+    known = scoring.split_fingerprint
+    monkeypatch.setattr(
+        scoring, "split_fingerprint", lambda split: {**known(split), "ids_sha256": next(seen)}
+    )
+    monkeypatch.setattr(
+        scoring, "score_split", lambda *_, **__: scored.append(1) or score_split(*_, **__)
+    )
+    flags = ["--ensemble", str(run), str(run), "--runs", str(run.parent), "--workers", "0"]
+    assert evaluation.main(["--data_path", str(scenes_path), *flags]) == 2
+    assert "differ in the image ids" in capsys.readouterr().err
+    assert len(scored) == 1
 
 
 def test_the_analysis_is_written(run, scenes_path, tmp_path, capsys):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+import scoring
+from arguments import parse_eval
 from lib import distributed
 from lib.batch import Batch
 from lib.errors import InputError, NonFiniteError, WorkerError
@@ -64,6 +67,11 @@ def evaluate_share(rank: int, port: int, results) -> None:
             score_split(model, loaders(fail), CPU, nullcontext, show_progress=False)
         except type(error) as caught:
             results[type(error).__name__, rank] = str(caught)
+    args = parse_eval(["--save_similarity", "nowhere/at/all.npy"])
+    try:  # seen by rank 0, which alone writes
+        scoring.evaluate_checkpoint(Path("runs/none/model_best.pth"), args, CPU)
+    except InputError as caught:
+        results["destination", rank] = str(caught)
     with torch.no_grad():
         for parameter in model.text_encoder.parameters():
             parameter.fill_(float("nan"))
@@ -100,6 +108,7 @@ def test_every_rank_has_the_recalls(shares):
         ("InputError", "a.jpg can't be decoded"),
         ("WorkerError", "killed"),
         ("NonFiniteError", "not finite"),
+        ("destination", "--save_similarity nowhere/at/all.npy"),
     ],
 )
 def test_what_goes_wrong_on_one_rank_is_raised_on_all(shares, name, told):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from arguments import parse_eval
 from lib.batch import Batch
+from lib.data.splits import Split
 from lib.retrieval.evaluation import SplitLoaders, score_split
+from lib.retrieval.gallery import Gallery
+from lib.retrieval.result_files import CHANGES
 from lib.retrieval.shards import RowStore
+from scoring import Member, _row_store
 from tests.helpers import pair_inputs, tiny_model
 
 CPU = torch.device("cpu")
@@ -72,8 +81,52 @@ def test_a_gap_and_a_torn_file_end_what_is_finished(tmp_path):
     torn = sorted(store.folder.glob("*.npy"))[2]
     torn.write_bytes(torn.read_bytes()[:100])
     assert len(RowStore(tmp_path, MADE_FROM, 3).finished()) == 1
-    RowStore.discard_all(tmp_path)
+    store.discard()
     assert not tmp_path.exists()
+
+
+def test_rows_of_another_result_stay(tmp_path):
+    unfinished = RowStore(tmp_path, MADE_FROM, 3, "f30k_test")
+    stale = RowStore(tmp_path, {**MADE_FROM, "commit": "old"}, 3, "f30k_dev")
+    dev = RowStore(tmp_path, MADE_FROM, 3, "f30k_dev")
+    for store in (unfinished, stale, dev):
+        for start in (0, 2):
+            store.add(start, np.zeros((2, 3), np.float32))
+    dev.discard()
+    assert (dev.finished(), stale.finished()) == ([], [])
+    assert len(unfinished.finished()) == 1
+
+
+@pytest.fixture
+def member(tmp_path):
+    picture = tmp_path / "1.jpg"
+    picture.write_bytes(b"pixels")
+    split = Split("f30k", "test", ["a"], ["1"], [str(picture)], np.array([0]), None)
+    known = ("checkpoint_sha256", "data", "commit", "versions", "method")
+    gallery = Gallery("f30k", "test", ["a"], ["1"], np.array([0]))
+    facts = dict.fromkeys(known, "x")
+    return Member(tmp_path / "model_best.pth", None, None, gallery, facts, Namespace(), split)
+
+
+def folder_of(member, *flags, device=CPU):
+    return _row_store(member, parse_eval(flags), device).folder
+
+
+def test_rows_depend_on_images_method_paths_arithmetic_and_device(member):
+    folders = {folder_of(member), folder_of(member, "--batch_size", "3")}
+    assert len(folders) == 1
+    folders |= {folder_of(member, f"--{flag}", "x") for flag in ("vit_path", "bert_path")}
+    folders |= {folder_of(member, "--amp", "bf16")}
+    folders |= {folder_of(member, device=torch.device("cuda"))}
+    folders |= {folder_of(replace(member, facts={**member.facts, "method": "laps"}))}
+    assert len(folders) == 6
+    Path(member.split.image_files[0]).write_bytes(b"other pixels")
+    assert folder_of(member) not in folders
+
+
+def test_rows_of_code_that_no_commit_tells_are_not_kept(member):
+    changed = replace(member, facts={**member.facts, "commit": "abc" + CHANGES})
+    assert _row_store(changed, parse_eval([]), CPU) is None
 
 
 def test_where_nothing_can_be_written_it_goes_on_and_says_so(tmp_path, capsys):
