@@ -232,11 +232,6 @@ def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
     return total.tolist()
 
 
-def all_true(flag: bool, device: torch.device) -> bool:
-    """Return True where `flag` is True on every rank."""
-    return sum_over_ranks([int(not flag)], device) == [0]
-
-
 def gather_values(value: Any) -> list[Any]:
     """Return every rank's plain value, in rank order."""
     if world_size() == 1:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig, ViTModel
 
 from lib.data.scenes.generate import generate_scenes
@@ -34,6 +35,13 @@ def scenes_path(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     generate_scenes(root / "scenes", sizes=(32, 16, 16), image_size=64)
     return root
+
+
+@pytest.fixture
+def quick_watch(monkeypatch) -> None:
+    """A loader notices the end of a worker in a fraction of torch's 5 seconds."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
 def write_layout(root: Path, dataset: str, images: int = 8, dev: bool = True) -> None:

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from arguments import parse_train
-from lib.checkpoints.checkpoint import BEST, load_model, plain_arguments
+from lib.checkpoints.checkpoint import BEST, LAST, load_model, plain_arguments
 from lib.errors import InputError
 from lib.files import read_json, write_json, write_text_whole
 from lib.flags import IntegerList, Parser
@@ -328,14 +328,16 @@ class Comparison:
 
 
 def train(run: Planned, state: dict[str, Any], execute: Execute, show: Callable) -> int:
-    """Start the run, or go on with it; return train.py's exit code.
+    """Start the run, or go on with it from its last checkpoint; return train.py's exit code.
 
     The wall time adds up over resumptions in `state`, which lies on disk at each tick.
     """
-    argv = run.argv
-    if (run.folder / "args.json").exists():
-        argv = ["--resume", str(run.folder)]
-    before, started = state.get("train_seconds", 0.0), time.perf_counter()
+    argv, before = run.argv, 0.0
+    if (run.folder / LAST).exists():
+        argv, before = ["--resume", str(run.folder)], state.get("train_seconds", 0.0)
+    elif (run.folder / "args.json").exists():  # stopped before its first checkpoint
+        argv = [*argv, "--overwrite", "1"]
+    started = time.perf_counter()
 
     def keep() -> None:
         state["train_seconds"] = round(before + time.perf_counter() - started, 2)

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib.data.images import CROP_RATIO, CROP_SCALE, random_crop_and_flip
+from lib.data.loaders import make_loader
 from lib.data.sources import ImageFolderSource, Sample, seeded_generator
+from lib.data.workers import watched
 from lib.distributed import rank, together, world_size
 from lib.errors import InputError
 from lib.files import write_json
@@ -210,17 +212,12 @@ def fill(
 
     `encode` takes uint8 pixels (B, 3, H, W) to hidden states (B, tokens, channels); `progress` is
     told after each batch how many views are done. Raises InputError where the numbers leave
-    float16's range, OSError where they can't be written.
+    float16's range, OSError where they can't be written, WorkerError where a worker ends.
     """
-    loader = DataLoader(
-        _Views(keys, size, resample),
-        batch_size,
-        num_workers=min(workers, os.cpu_count() or 1),
-        collate_fn=list,
-        generator=torch.Generator(),
-    )
+    views_read = _Views(keys, size, resample)
+    loader = make_loader(views_read, None, workers, False, collate=list, batch_size=batch_size)
     done = bad = 0
-    for views in loader:
+    for views in watched(loader):
         good = [(index, pixels) for index, pixels in views if pixels is not None]
         if good:
             hidden = encode(torch.stack([pixels for _, pixels in good])).half()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import cv2
@@ -247,9 +247,17 @@ def eval_loader(
 
 
 def make_loader(
-    dataset: Dataset, tokenizer: Tokenizer | None, workers: int, pin_memory: bool, **order
+    dataset: Dataset,
+    tokenizer: Tokenizer | None,
+    workers: int,
+    pin_memory: bool,
+    collate: Callable[[list], Any] | None = None,
+    **order,
 ) -> DataLoader:
-    """Return a loader over watched workers, whatever the kind of data set and `order`."""
+    """Return a loader for `watched`, whatever the kind of data set and `order`.
+
+    Without a `collate` of their own, items are samples and become batches.
+    """
     workers = min(workers, os.cpu_count() or 1)
     if workers:
         # OpenCV's thread pool does not survive a fork: a worker that inherits one can hang. Here,
@@ -257,7 +265,7 @@ def make_loader(
         cv2.setNumThreads(1)
     return DataLoader(
         dataset,
-        collate_fn=Collate(tokenizer.pad_id if tokenizer else 0),
+        collate_fn=collate or Collate(tokenizer.pad_id if tokenizer else 0),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,

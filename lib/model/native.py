@@ -121,14 +121,15 @@ def matches(
         return None
     tops = logits.amax(2, keepdim=True)
     apart = logits.numel() and float((tops - logits).amax())
-    if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words):
+    gram = patches @ patches.transpose(1, 2) if gram is None else gram.contiguous()
+    if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words, fixed, added, gram):
         return None
     for_words = scores.new_empty(*scores.shape[:2], words.shape[1])
     for_tokens = scores.new_empty(*scores.shape[:2], logits.shape[1] + 1 + fixed.shape[1])
     images = {
         "scores": scores,
         **_weighed(logits - tops, patches, added),
-        "gram": patches @ patches.transpose(1, 2) if gram is None else gram.contiguous(),
+        "gram": gram,
         "fixed_mask": fixed_mask.contiguous(),
         "for_words": for_words,
         "for_tokens": for_tokens,
@@ -188,8 +189,9 @@ def _match(
         _run({**sizes, **counts}, {**tensors, "products": products, "rows": rows})
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(one.sum().isfinite()) for one in tensors)
+def _finite(*tensors: Tensor | None) -> bool:
+    """Return whether all numbers are finite: the compiler took it for granted that they are."""
+    return all(bool(one.sum().isfinite()) for one in tensors if one is not None)
 
 
 def _run(sizes: dict[str, int], tensors: dict[str, Tensor | None]) -> None:

@@ -46,7 +46,7 @@ class Selection(nn.Module):
         return top_k_mask(-scores if self.control == "inverted" else scores, k)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_generator": self._generator.get_state()}
+        return {**self.__dict__, "_generator": self._generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import eval as evaluation
 import train
 from lib.data.features import PLAIN, FeatureCache, fill, wanted_views
 from lib.data.sources import ImageFolderSource
-from lib.errors import InputError
+from lib.errors import InputError, WorkerError
 from lib.model.encoders import EncoderSource, ImageEncoder
 
 
@@ -129,6 +130,17 @@ def test_undecodable_images_are_counted_and_left_out(files, tmp_path):
     assert encode_all(cache, encoder, wanted_views(files, False, cache)) == 1
     assert cache.read((files[2], PLAIN)) is None
     assert cache.read((files[3], PLAIN)) is not None
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_worker_is_told(files, tmp_path, monkeypatch, quick_watch):
+    def read(self, row, rng=None):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ImageFolderSource, "read", read)
+    cache = FeatureCache(tmp_path / "cache", "encoder", 2, 3)
+    with pytest.raises(WorkerError, match="a loader worker was killed"):
+        fill(cache, wanted_views(files, False, cache), lambda pixels: pixels, (8, 8), workers=1)
 
 
 def test_numbers_beyond_float16_are_refused(files, tmp_path):

@@ -17,6 +17,8 @@ from lib.data.packed import PackedTexts
 from lib.data.workers import LOST_BATCH, begin_worker, placed, watched
 from lib.errors import InputError, WorkerError
 
+pytestmark = pytest.mark.usefixtures("quick_watch")
+
 
 class Unsendable:
     def __reduce__(self):

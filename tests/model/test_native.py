@@ -60,9 +60,10 @@ def test_threads_and_parts_change_nothing(monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("spoilt", ["patches", "words", "scores"])
+@pytest.mark.parametrize("spoilt", ["patches", "words", "scores", "fixed", "added", "gram"])
 def test_numbers_that_are_not_finite_are_handed_to_pytorch(spoilt):
-    case = random_case(9, 4, 2, 1, False)
+    case = random_case(9, 4, 2, 1, True)
+    case["gram"] = case["patches"] @ case["patches"].transpose(1, 2)
     case[spoilt] = case[spoilt].clone()
     case[spoilt].view(-1)[3] = torch.nan
     assert kernels.fused_matches(**case, k=4) is None

@@ -169,6 +169,7 @@ class FakeRunner:
         self.commands: list[list[str]] = []
         self.broken: set[str] = set()
         self.interrupt: str | None = None  # stops in the middle of this row's training
+        self.early = False  # before the first checkpoint
 
     def __call__(self, command: list[str], log: Path, tick) -> int:
         program, argv = Path(command[1]).name, command[2:]
@@ -188,7 +189,8 @@ class FakeRunner:
         if "--resume" not in argv:
             settings = plain_arguments(parse_train(argv))
             (folder / "args.json").write_text(json.dumps(settings))
-        (folder / "checkpoint_last.pth").touch()
+        if not self.early:
+            (folder / "checkpoint_last.pth").touch()
         if row == self.interrupt:
             raise KeyboardInterrupt
         (folder / "model_best.pth").touch()
@@ -289,6 +291,15 @@ def test_a_stopped_run_goes_on_and_its_time_adds_up(call, runner, tmp_path, caps
     assert runner.told == ["train.py resume laps/seed0", "eval.py test laps/seed0"]
     assert 1000 <= json.loads(state.read_text())["train_seconds"] < 1010
     assert "Not finished" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(call, runner, tmp_path):
+    runner.interrupt, runner.early = "laps", True
+    assert call("--rows", "laps", "--seeds", "0") == 130
+    runner.interrupt = None
+    assert call("--rows", "laps", "--seeds", "0") == 0
+    assert runner.commands[0][-2:] == ["--overwrite", "1"]
+    assert runner.told == ["train.py new laps/seed0", "eval.py test laps/seed0"]
 
 
 def test_a_trained_run_without_results_is_only_evaluated(call, runner, tmp_path):

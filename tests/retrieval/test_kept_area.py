@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lib.batch import Batch
 from lib.model.choice import PatchChoice
@@ -70,6 +72,20 @@ def test_controls_choose_as_many_patches():
     assert torch.equal(drawn, choice(scores, 4))
     with pytest.raises(ValueError, match="known: random, inverted"):
         choice.set_control("best")
+
+
+def test_a_copied_selection_draws_what_the_first_does(monkeypatch):
+    @property
+    def lacking(self):
+        raise AttributeError("__getstate__")
+
+    monkeypatch.setattr(nn.Module, "__getstate__", lacking, raising=False)  # as in Python 3.10
+    scores, choice = torch.randn(3, 5, 16), Selection()
+    choice.set_control("random", seed=1)
+    choice(scores, 4)
+    copied = copy.deepcopy(choice)
+    assert torch.equal(copied(scores, 4), choice(scores, 4))
+    assert copied._generator is not choice._generator
 
 
 @pytest.mark.parametrize("method", ["laps", "seps", "ilaps", "seps_released"])
