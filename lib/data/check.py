@@ -223,9 +223,7 @@ def _check_images(
     return prints
 
 
-def _read_all(
-    files: Sequence[str], workers: int
-) -> Iterator[tuple[str, tuple[str | None, bool]]]:
+def _read_all(files: Sequence[str], workers: int) -> Iterator[tuple[str, tuple[str | None, bool]]]:
     """Yield (file, (digest, whether it decodes)) in order; a bounded number is read ahead."""
     with ThreadPoolExecutor(workers) as pool:
         names = iter(files)
@@ -245,10 +243,8 @@ def _read(path: str) -> tuple[str | None, bool]:
     return digest, decode(path) is not None
 
 
-def _shared(
-    loaded: dict[str, Split], prints: dict[str, list[str | None]]
-) -> dict[str, list[str]]:
-    """Return, for each two splits, the images in both: by id, by file, or by the very same bytes."""
+def _shared(loaded: dict[str, Split], prints: dict[str, list[str | None]]) -> dict[str, list[str]]:
+    """Return, for each two splits, the images in both: by id, by file, or by the same bytes."""
     marks: dict[str, dict[Any, str]] = {}
     for name, split in loaded.items():
         mine: dict[Any, str] = {("id", one): one for one in split.image_ids}

@@ -10,9 +10,7 @@ from lib.errors import InputError
 from lib.files import parse_json, text_lines
 
 
-def read_dense(
-    path: Path, image_ids: list[str], names: list[str], way_out: str
-) -> list[str]:
+def read_dense(path: Path, image_ids: list[str], names: list[str], way_out: str) -> list[str]:
     """Return one dense text an image, matched by `image_id`, else `file_name`, else by order."""
     records = dense_records(path, way_out)
     if any("image_id" in record for record in records):
@@ -93,9 +91,7 @@ def _matched_by_id(texts: dict[str, str], image_ids: list[str], path: Path) -> l
                 f"{path}: image_id {written[number]} and {key} are one number, and none of them is "
                 "written as in the split's ids; write them as there"
             )
-    return [
-        texts.get(one, texts.get(written.get(_number(one), ""))) for one in image_ids
-    ]
+    return [texts.get(one, texts.get(written.get(_number(one), ""))) for one in image_ids]
 
 
 def _number(text: str) -> int | None:

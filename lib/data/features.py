@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lib.data.images import CROP_RATIO, CROP_SCALE, random_crop_and_flip
+from lib.data.images import CROP_RATIO, CROP_SCALE
 from lib.data.loaders import make_loader
 from lib.data.sources import ImageFolderSource, Sample, seeded_generator
 from lib.data.workers import watched
@@ -90,7 +90,7 @@ class FeatureCache:
         return self.folder / name[:2] / name[2:]
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
-        """Return the views that are not kept whole; those of images that are gone are not listed."""
+        """Return the views that are not kept whole; those of images that are gone are left out."""
         lacking = []
         for key in keys:
             entry = self.entry(key)

@@ -1,4 +1,4 @@
-"""What a split's data is, in a few numbers: kept with a run, so that another data set is noticed."""
+"""What a split's data is, in a few numbers: kept with a run, so that other data is noticed."""
 
 from __future__ import annotations
 

@@ -221,7 +221,9 @@ def train_loader(
     Raises InputError where the data set does not fill one batch, or there can be no negatives.
     """
     if batch_size * world < 2:
-        raise InputError(f"--batch_size {batch_size}: a single pair has no negatives; make it larger")
+        raise InputError(
+            f"--batch_size {batch_size}: a single pair has no negatives; make it larger"
+        )
     if len(np.unique(dataset.caption_image)) < 2:
         raise InputError(
             "all captions of the training split belong to one image alone, so there are no "

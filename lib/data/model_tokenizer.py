@@ -1,4 +1,4 @@
-"""A text encoder's own tokenizer: its lower-casing, special tokens and length, kept as plain data."""
+"""A text encoder's own tokenizer: lower-casing, special tokens and length, kept as plain data."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ModelTokenizer(WordAugment):
         words: list[list[int]] = []
         previous, ended = None, 0
         rows = zip(encoding.ids, encoding.word_ids, encoding.offsets, strict=True)
-        for token, word, (start, end) in rows:
+        for token, word, (_, end) in rows:
             gap = text[ended:end]  # the white space before a token may be part of it
             if words and word == previous and not gap[:1].isspace():
                 words[-1].append(token)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lib.batch import Batch
 from lib.data.loaders import make_loader
-from lib.data.shards import Share, ShardStream
+from lib.data.shards import ShardStream, Share
 from lib.data.workers import watched
 from lib.errors import InputError
 
@@ -50,7 +50,9 @@ def plan_share(
     fewer shards. Raises InputError where a process would have none, or not one batch is filled.
     """
     if shards < world:
-        raise InputError(f"--shards: {shards} shards for {world} processes; each needs one at least")
+        raise InputError(
+            f"--shards: {shards} shards for {world} processes; each needs one at least"
+        )
     if images < batch_size * world:
         raise InputError(
             f"--batch_size {batch_size} on {world} process(es) is more than the {images} samples "

@@ -233,9 +233,7 @@ class ShardStream(IterableDataset):
             dense_ids = self._ids(dense, self.max_dense_word, self.augment_dense, rng)
         return Sample(row, pixels, ids=ids, caption=row, dense_ids=dense_ids)
 
-    def _ids(
-        self, text: str, max_word: int, augment: bool, rng: np.random.Generator
-    ) -> list[int]:
+    def _ids(self, text: str, max_word: int, augment: bool, rng: np.random.Generator) -> list[int]:
         if not augment:
             return self.tokenizer.encode(text, max_word)
         return self.tokenizer.augment(self.tokenizer.encode_words(text, max_word), rng)

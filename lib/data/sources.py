@@ -251,9 +251,7 @@ class TrainSet(Dataset):
             dense_ids = self._word_ids(text, self.max_dense_word, self.augment_dense, rng)
         return replace(sample, ids=ids, caption=index, dense_ids=dense_ids)
 
-    def _word_ids(
-        self, text: str, most: int, augment: bool, rng: np.random.Generator
-    ) -> list[int]:
+    def _word_ids(self, text: str, most: int, augment: bool, rng: np.random.Generator) -> list[int]:
         if not augment:
             return self.tokenizer.encode(text, most)
         return self.tokenizer.augment(self.tokenizer.encode_words(text, most), rng)

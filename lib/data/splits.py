@@ -195,7 +195,9 @@ def _region_lengths(path: Path, images: int, width: int) -> np.ndarray:
 
 def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images: int) -> list[str]:
     path = region_dense_file(data_path, dataset, split)
-    return texts_in_order(dense_records(path, dense_way_out(data_path, dataset, split)), path, images)
+    return texts_in_order(
+        dense_records(path, dense_way_out(data_path, dataset, split)), path, images
+    )
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:

@@ -114,7 +114,9 @@ def read_samples(path: str) -> Iterator[TarSample]:
             except InputError as error:
                 sample = TarSample(f"{shard_name(path)}/{raw['__key__']}", fault=str(error))
             yield sample
-    except Exception as error:  # tarfile's, gzip's and the library's own: a shard that can't be read
+    except (
+        Exception
+    ) as error:  # tarfile's, gzip's and the library's own: a shard that can't be read
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: the shard is damaged or cut off ({told:.120})") from None
 
@@ -157,4 +159,6 @@ def _captions(raw: dict[str, Any], told: dict[str, Any], where: str) -> tuple[st
     if not found:
         value: Any = next((told[one] for one in CAPTION_FIELDS if told.get(one)), [])
         found = value if isinstance(value, list) else [value]
-    return tuple(clean for one in found if isinstance(one, str) and (clean := " ".join(one.split())))
+    return tuple(
+        clean for one in found if isinstance(one, str) and (clean := " ".join(one.split()))
+    )

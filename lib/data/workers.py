@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch.utils.data import DataLoader, get_worker_info
@@ -23,7 +24,9 @@ KILLED = (
     "a loader worker was killed, most likely for want of memory: fewer --workers need less, "
     "--workers 0 none of their own"
 )
-OPEN_FILES = "the loader workers need more open files than are allowed: raise ulimit -n, or --workers 0"
+OPEN_FILES = (
+    "the loader workers need more open files than are allowed: raise ulimit -n, or --workers 0"
+)
 
 
 def begin_worker(_: int) -> None:
@@ -90,10 +93,8 @@ def _iterator(loader: DataLoader) -> Iterator[Any]:
         return iter(loader)
     previous = signal.getsignal(child)
     iterator = iter(loader)
-    try:
+    with suppress(ValueError):  # not the main thread, where torch sets none
         signal.signal(child, signal.SIG_DFL if previous is None else previous)
-    except ValueError:  # not the main thread, where torch sets none
-        pass
     return iterator
 
 

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data.images import random_crop_and_flip
+from lib.data.images import crop_box, random_crop_and_flip
 from lib.data.loaders import PairSampler, eval_loader, train_loader
 from lib.data.sources import EvalCaptions, EvalImages, ImageFolderSource, TrainSet
 from lib.data.splits import Split, load_split
 from lib.errors import InputError
-from lib.data.images import crop_box
 from vocab import WordTokenizer, learn_vocabulary
 
 

@@ -151,7 +151,7 @@ def test_numbers_beyond_float16_are_refused(files, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="--feature_cache .* can't be written to"):
+    with pytest.raises(InputError, match=r"--feature_cache .* can't be written to"):
         FeatureCache(tmp_path / "file", "encoder", 2, 3)
 
 

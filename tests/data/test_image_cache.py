@@ -16,12 +16,12 @@ import torch
 
 import eval as evaluation
 import train
-from lib.data.loaders import eval_loader
-from lib.data.sources import EvalImages, ImageFolderSource, TrainSet
 from lib.data import image_cache
-from lib.errors import InputError
 from lib.data.image_cache import ImageCache, PreparedImage
 from lib.data.images import shrink
+from lib.data.loaders import eval_loader
+from lib.data.sources import EvalImages, ImageFolderSource, TrainSet
+from lib.errors import InputError
 from tests.data.test_data import make_split, write_image
 from vocab import WordTokenizer, learn_vocabulary
 

@@ -13,14 +13,13 @@ import torch
 import eval as evaluation
 import train
 from data import load_splits
+from lib.checkpoints.checkpoint import load_model
 from lib.data.loaders import eval_loader, train_loader
 from lib.data.sources import EvalImages, RegionSource, TrainSet
-from lib.data.splits import load_region_split
-from lib.checkpoints.checkpoint import load_model
+from lib.data.splits import hold_out, load_region_split
 from lib.errors import InputError
-from lib.training.logs import RunLog
 from lib.methods.base import Method
-from lib.data.splits import hold_out
+from lib.training.logs import RunLog
 from tests.conftest import SENTENCES
 from tests.helpers import tiny_args
 from vocab import WordTokenizer, learn_vocabulary

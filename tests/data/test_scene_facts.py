@@ -19,8 +19,7 @@ def two_images(root, image_size=8):
     things = [{"box": [0, 0, 4, 4]}, {"box": [3, 3, 7, 5]}, {"box": [6, 6, 8, 8]}]
     named = [[0, 2], [0, 1]]
     images = [
-        {"image_id": one, "sibling_id": 1 - one, "things": things, "named": named}
-        for one in (0, 1)
+        {"image_id": one, "sibling_id": 1 - one, "things": things, "named": named} for one in (0, 1)
     ]
     (root / "scenes_facts.jsonl").write_text("\n".join(map(json.dumps, images)) + "\n")
     (root / "scenes.json").write_text(json.dumps({"image_size": image_size}))

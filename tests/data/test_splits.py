@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from lib.errors import InputError
 from lib.data.splits import load_split
+from lib.errors import InputError
 
 CAPTIONS = [f"caption number {n}" for n in range(6)]
 NAMES = {"7": "seven.jpg", "3": "three.jpg", "9": "nine.jpg"}

@@ -47,7 +47,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A text, or the reason why there is none; `broken` where server or model failed, not one image.
+    """A text, or why there is none; `broken` where server or model failed, not one image.
 
     `cut` tells a text that ended because max_new_tokens were used up.
     """

@@ -20,8 +20,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class TransformersBackend:
     """Describes batches of images with a folder's or the hub's model.
 
-    `device_map` (auto, or a device) spreads a large model over GPUs and needs accelerate; None takes
-    the first GPU, or the CPU. Raises InputError where the model can't be loaded.
+    `device_map` (auto, or a device) spreads a large model over GPUs and needs accelerate; None
+    takes the first GPU, or the CPU. Raises InputError where the model can't be loaded.
     """
 
     def __init__(

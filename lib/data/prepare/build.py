@@ -210,9 +210,7 @@ def _near_duplicates(
     for photo, group in zip(photos, groups, strict=True):
         members.setdefault(group, []).append(photo.name)
     several = sorted((one for one in members.values() if len(one) > 1), key=len, reverse=True)
-    write_text_whole(
-        target.folder / GROUPS, "".join(json.dumps(one) + "\n" for one in several)
-    )
+    write_text_whole(target.folder / GROUPS, "".join(json.dumps(one) + "\n" for one in several))
     if several:
         notes.append(
             f"{sum(map(len, several))} images are near-duplicates in {len(several)} groups, the "

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.files import text_lines
 from lib.errors import InputError
+from lib.files import text_lines
 
-IMAGE_COLUMNS = "image file_name filename image_name image_path filepath file path img photo".split()
+IMAGE_COLUMNS = (
+    "image file_name filename image_name image_path filepath file path img photo".split()
+)
 CAPTION_COLUMNS = "caption captions text sentence sentences comment raw description title".split()
 SPLIT_COLUMNS = "split set partition subset".split()
 ENDINGS = (".csv", ".tsv", ".txt", ".jsonl")
@@ -92,7 +94,7 @@ def pick_column(
 def choose_columns(
     names: Sequence[str], wanted: Columns, where: str
 ) -> tuple[str, str, str | None]:
-    """Return the image, caption and split columns; InputError, listing all, where one is unclear."""
+    """Return the image, caption and split columns; InputError, listing all, where unclear."""
     image = pick_column(names, IMAGE_COLUMNS, wanted.image, "image_column", where)
     caption = pick_column(names, CAPTION_COLUMNS, wanted.caption, "caption_column", where)
     split = pick_column(names, SPLIT_COLUMNS, wanted.split, "split_column", where)

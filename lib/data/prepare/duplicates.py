@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def near_groups(hashes: Sequence[int | None], most: int) -> np.ndarray:
     )
     parent = np.arange(len(values))
     edges = np.linspace(0, BITS, most + 2).round().astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         mask = np.uint64((1 << int(high - low)) - 1)
         band = (values >> np.uint64(low)) & mask
         order = np.argsort(band, kind="stable")

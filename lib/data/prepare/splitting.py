@@ -13,8 +13,8 @@ import numpy as np
 
 from lib.data.layout import SPLITS
 from lib.data.prepare.photos import Photo
-from lib.files import text_lines
 from lib.errors import InputError
+from lib.files import text_lines
 
 
 @dataclass(frozen=True)

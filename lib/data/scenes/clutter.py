@@ -11,7 +11,14 @@ REGIONS = (4, 6)  # of the ground, ends included
 SCRAPS = (14, 22)
 SCRAP_RADIUS = (2.5, 7.0)  # pixels of a 96-pixel image
 DULL = np.array(  # RGB; none is near a colour that captions know
-    [(128, 128, 128), (150, 132, 108), (112, 118, 92), (96, 108, 124), (176, 166, 148), (84, 78, 74)]
+    [
+        (128, 128, 128),
+        (150, 132, 108),
+        (112, 118, 92),
+        (96, 108, 124),
+        (176, 166, 148),
+        (84, 78, 74),
+    ]
 )
 TEXTURES = ("plain", "striped", "dotted", "checkered", "grained")
 

@@ -1,4 +1,4 @@
-"""What `scenes_facts.jsonl` knows of a split: siblings, and where the things lie that captions name."""
+"""What `scenes_facts.jsonl` knows of a split: siblings, and where named things lie."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def sibling_captions(root: str | Path, split: Split) -> np.ndarray:
 def named_coverage(root: str | Path, split: Split, grid: tuple[int, int]) -> np.ndarray:
     """Return how much of the boxes of the things that each caption names lies in each patch.
 
-    (N_captions, rows · columns), each row a share of its caption's boxes that sums to 1; where boxes
-    overlap their common area counts once. Raises InputError where the facts can't be read.
+    (N_captions, rows · columns), each row a share of its caption's boxes that sums to 1; where
+    boxes overlap their common area counts once. Raises InputError where the facts can't be read.
     """
     facts, size = _facts(root, split), _image_size(root)
     coverage = np.zeros((len(split.captions), grid[0] * grid[1]))
@@ -60,9 +60,11 @@ def _in_patches(covered: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _shares(size: int, count: int) -> np.ndarray:
-    """Return the share of each of `size` pixels that lies in each of `count` strips, (count, size)."""
+    """Return the share of each of `size` pixels in each of `count` strips, (count, size)."""
     borders = np.arange(count + 1)[:, None] * size / count
-    below = np.clip(borders - np.arange(size)[None], 0, 1)  # of each pixel, what lies before a border
+    below = np.clip(
+        borders - np.arange(size)[None], 0, 1
+    )  # of each pixel, what lies before a border
     return below[1:] - below[:-1]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from lib.errors import InputError
 from lib.data.scenes.drawing import (
     Change,
     Scene,
@@ -35,6 +34,7 @@ from lib.data.scenes.texts import (
     write_captions,
     write_dense_text,
 )
+from lib.errors import InputError
 
 FORMAT, VERSION = "scenes", 3
 SPLITS = ("train", "dev", "test")

@@ -16,7 +16,7 @@ MODEL = "tiny-vlm"
 
 
 class Answer:
-    """What the server does with one request; `drip` sends the body byte by byte, so many seconds."""
+    """What the server does with one request; `drip`: seconds over which it sends the body."""
 
     def __init__(self, status=200, body=None, headers=None, delay=0.0, drip=0.0, cut=False):
         self.status, self.body, self.headers = status, body, headers or {}
@@ -54,7 +54,9 @@ class ChatServer:
                 pass
 
             def do_GET(self):
-                self._send(Answer(body={"object": "list", "data": [{"id": MODEL, "object": "model"}]}))
+                self._send(
+                    Answer(body={"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+                )
 
             def do_POST(self):
                 length = int(self.headers["Content-Length"])

@@ -137,7 +137,9 @@ def test_waits_that_servers_name(headers, seconds):
 def test_durations():
     told = {"20ms": 0.02, "1.5s": 1.5, "6m0s": 360, "1h2m3s": 3723, "8": 8, "": 0, "x": 0}
     assert {text: pytest.approx(duration(text)) for text in told} == told
-    assert spent_wait({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "9s"}) == 0
+    assert (
+        spent_wait({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "9s"}) == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,9 +169,9 @@ def test_a_cut_text_stays_and_is_counted(tasks):
     ("status", "told"), [(401, "set OPENAI_API_KEY"), (404, "does not know model tiny-vlm")]
 )
 def test_a_server_that_can_not_be_used_ends_it_at_once(tasks, status, told):
-    with ChatServer(lambda number, request: error(status)) as server:
-        with pytest.raises(InputError, match=told):
-            ask(server, tasks, concurrency=1)
+    serving = ChatServer(lambda number, request: error(status))
+    with serving as server, pytest.raises(InputError, match=told):
+        ask(server, tasks, concurrency=1)
     assert len(server.requests) == 1
 
 

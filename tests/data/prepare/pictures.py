@@ -44,8 +44,11 @@ def caption_csv(path: Path, names: list[str], head: str = "image,caption", each:
 
 
 def karpathy_json(path: Path, dataset: str = "flickr8k", counts=(6, 2, 2), each: int = 5) -> Path:
-    splits = [name for name, count in zip(("train", "val", "test"), counts, strict=True)
-              for _ in range(count)]
+    splits = [
+        name
+        for name, count in zip(("train", "val", "test"), counts, strict=True)
+        for _ in range(count)
+    ]
     if dataset == "coco":
         splits[0] = "restval"
     images = []

@@ -36,7 +36,10 @@ def rows_of(path, text: str, wanted: Columns = GUESS):
     [
         ("kaggle.csv", 'image,caption\na.jpg,"One, two ."\nb.jpg,Three\n'),
         ("unquoted.csv", "image,caption\na.jpg,One, two .\nb.jpg,Three\n"),
-        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| One, two .\nb.jpg| 1| Three"),
+        (
+            "results.csv",
+            "image_name| comment_number| comment\na.jpg| 0| One, two .\nb.jpg| 1| Three",
+        ),
         ("order.csv", 'Caption,File Name\n"One, two .",a.jpg\nThree,b.jpg\n'),
         ("captions.txt", 'image,caption\na.jpg,"One, two ."\nb.jpg,Three\n'),
         ("token.txt", "a.jpg#0\tOne, two .\nb.jpg#0\tThree\n"),
