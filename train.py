@@ -126,8 +126,7 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
         log.say(f"going on at step {trainer.progress.step}, epoch {epoch}/{args.num_epochs}")
     if args.overwrite and args.resume is None:
         clear_run(args.logger_name)  # only now, as what can fail before a run begins is done
-    log.open_curves(trainer.progress.step)
-    log.arguments(args)
+    distributed.on_main(lambda: log.begin(trainer.progress.step, args))  # a service may refuse
     distributed.on_main(lambda: tokenizer.save(args.logger_name))
     weights = sum(p.numel() for p in model.parameters())
     log.say(f"{weights:,} parameters, {trainer.batches_per_epoch} steps an epoch")

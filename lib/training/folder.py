@@ -13,6 +13,7 @@ from typing import IO, Any
 from lib.checkpoints.checkpoint import BEST, LAST
 from lib.distributed import on_main
 from lib.errors import InputError
+from lib.training.trackers import RUN_ID
 
 try:
     import fcntl
@@ -22,7 +23,7 @@ except ImportError:  # Windows
 LOCK = ".lock"
 LEFTOVERS = (
     *(LAST, BEST, "results.json", "ranks_*.npz"),
-    *("args.json", "train.log", "events.out*"),
+    *("args.json", "train.log", "events.out*", RUN_ID),
 )
 IN_USE = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from lib.checkpoints.checkpoint import plain_arguments
 from lib.distributed import is_main
+from lib.errors import first_line
 from lib.files import write_text_whole
-from lib.training.trackers import Tracker, open_trackers
+from lib.training.trackers import Service, Tracker, open_trackers
 
 FALLBACK = "backslashreplace"  # what an unprintable character becomes
 
@@ -41,10 +42,15 @@ class RunLog:
         self._report_to = report_to if active else ()
         self._unchanged: dict[str, tuple[float, int, int]] = {}  # name: value, first, last step
         self._changing: set[str] = set()
-        self._told = False
+        self._told: set[str] = set()  # where records could not be written
         self._early: list[str] | None = []  # lines before the folder is this run's
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, step: int, args: argparse.Namespace) -> None:
+        """Open the records of a run behind `step`, and write what it is made with."""
+        self.open_curves(step)
+        self.arguments(args)
 
     def open_curves(self, step: int) -> None:
         """Begin to write into the folder and its trackers, behind `step`.
@@ -118,20 +124,26 @@ class RunLog:
 
     def _track(self, write: Callable[[Tracker], None]) -> None:
         for tracker in self.trackers:
-            with self._kept_going():
-                write(tracker)
+            if isinstance(tracker, Service):  # what a service raises is not ours to list
+                with self._kept_going(tracker.name, Exception):
+                    write(tracker)
+            else:
+                with self._kept_going():
+                    write(tracker)
 
     @contextmanager
-    def _kept_going(self) -> Iterator[None]:
+    def _kept_going(
+        self, place: str | None = None, errors: type[Exception] = OSError
+    ) -> Iterator[None]:
         """A record that can't be written is told once and ends no run; checkpoints are another."""
+        place = place or str(self.folder)
         try:
             yield
-        except OSError as error:
-            if not self._told:
-                print(
-                    f"warning: {self.folder}: records can't be written ({error})", file=sys.stderr
-                )
-            self._told = True
+        except errors as error:
+            if place not in self._told:
+                told = f"warning: {place}: records can't be written ({first_line(error)})"
+                print(told, file=sys.stderr)
+            self._told.add(place)
 
     def close(self) -> None:
         """Flush and close the trackers."""

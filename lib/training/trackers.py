@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, as_input_error
+from lib.files import write_text_whole
 
 KNOWN = ("tensorboard", "wandb", "trackio")
+RUN_ID = "tracker_id"  # a file of the run folder
 
 
 class Tracker(Protocol):
@@ -52,14 +58,19 @@ class TensorBoard:
 
 
 class Service:
-    """wandb or trackio, which share an interface: project "seps", the run named as its folder.
+    """wandb or trackio, which share an interface: project "seps".
 
-    A run that goes on adds to the one of its name. `module` is the imported package.
+    `module` is the imported package of the `service`; `settings` say which run is begun or gone on
+    with. Raises InputError where it can't be; later on the methods raise whatever the package does.
     """
 
-    def __init__(self, module: Any, folder: Path, **settings: Any) -> None:
+    def __init__(self, service: str, module: Any, **settings: Any) -> None:
+        self.name = service
         self._module = module
-        self._run = module.init(project="seps", name=folder.name, resume="allow", **settings)
+        with as_input_error(
+            f"--report_to {service}: no run can be opened there; leave it out or mend it"
+        ):
+            self._run = module.init(project="seps", resume="allow", **settings)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self._module.log(values, step=step)
@@ -78,16 +89,33 @@ class Service:
 
 def open_trackers(names: Sequence[str], folder: Path, step: int) -> list[Tracker]:
     """Return the trackers of `names`, of a run in `folder` that begins behind `step`."""
-    return [_open(name, folder, step) for name in names]
+    own = run_id(folder, step) if set(names) - {"tensorboard"} else ""
+    return [
+        TensorBoard(folder, step) if name == "tensorboard" else _service(name, folder, own)
+        for name in names
+    ]
 
 
-def _open(name: str, folder: Path, step: int) -> Tracker:
-    if name == "tensorboard":
-        return TensorBoard(folder, step)
+def _service(name: str, folder: Path, own: str) -> Service:
     module = imported(name)
-    if name == "wandb":  # one id a folder: a resumed run goes on where it was
-        return Service(module, folder, id=folder.name, dir=str(folder))
-    return Service(module, folder)
+    if name == "wandb":
+        return Service(name, module, name=folder.name, id=own, dir=str(folder))
+    return Service(name, module, name=f"{folder.name}-{own[:8]}")  # its names tell runs apart
+
+
+def run_id(folder: Path, step: int) -> str:
+    """Return what a service tells the run in `folder` by, kept there for when it goes on.
+
+    A run that begins (`step` 0) gets a new one, whatever lies there: folders of the same name
+    elsewhere, and a run that was begun there before, are other runs.
+    """
+    kept = folder / RUN_ID
+    if step and kept.exists():
+        return kept.read_text(encoding="utf-8").strip()
+    own = f"{socket.gethostname()}\n{folder.absolute()}\n{time.time_ns()}"
+    found = hashlib.sha256(os.fsencode(own)).hexdigest()[:16]
+    write_text_whole(kept, found + "\n")
+    return found
 
 
 def imported(name: str) -> Any:
