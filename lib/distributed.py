@@ -7,6 +7,7 @@ ranks, as DistributedDataParallel does, then gives the gradient of one process o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -121,6 +122,7 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # DDP's cycles hold the group, whose threads must not outlast Python
 
 
 def barrier() -> None:
