@@ -37,9 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         jobs = folder_job(args) if args.images else split_jobs(args)
         return run(args, jobs)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"error: {error}; the same command goes on", file=sys.stderr)
         return 1

@@ -34,12 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare as the flags say; return the exit code: 0, 2 (bad input), 130 (stopped)."""
     try:
         return prepare(parser().parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
