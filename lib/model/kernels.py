@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
-from lib.model import native
+from lib.model import compiled, native
 from lib.model.alignment import NEGATIVE_SLOPE, best_matches
 
 try:
@@ -65,7 +65,7 @@ def is_available(device: torch.device) -> bool:
     if _interpreted():
         return True
     if device.type == "cpu":
-        return native.is_available()
+        return compiled.is_available()
     return triton is not None and device.type == "cuda" and _builds(device)
 
 

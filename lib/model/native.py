@@ -1,35 +1,22 @@
 """Best matches of pairs on the CPU, in C compiled at first use; PyTorch serves where it can't be.
 
-The numbers and the arguments are those of kernels.py, which says why so little has to be read. One
-product of all words with all patches is PyTorch's; what follows is done pair by pair in native.c,
-in as many threads as PyTorch has. Measured in docs/performance.md.
+The numbers and the arguments are those of kernels.py, which says why so little has to be read.
+After one product of all words with all patches the rest is done pair by pair in native.c, in as
+many threads as PyTorch has. Measured in docs/performance.md.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from lib.model import compiled
 from lib.model.gram import SMALLEST_NORM
+from lib.model.product import multiply
 
-SOURCE = Path(__file__).with_name("native.c")
-# what -ffast-math allows, without its start-up code: that would flush denormals everywhere
-LOOSE = """-fassociative-math -freciprocal-math -ffinite-math-only -fno-signed-zeros
--fno-trapping-math -fno-math-errno"""
-FLAGS = ("-O3", "-march=native", *LOOSE.split(), "-fPIC", "-shared")
-OFF = "SEPS_NATIVE"  # set to 0, this variable leaves the work to PyTorch
 LANES = 8  # as in native.c
 PRODUCT_BYTES = 4 * 2**20  # patch-word products alive at once: they stay near the caches
 DIRECT_COST = 1.45  # of a multiply-add in PyTorch's direct form, its other passes included
@@ -47,50 +34,6 @@ class _Call(ctypes.Structure):
         ("fused_counts", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in "for_words for_tokens".split()),
     ]
-
-
-def is_available() -> bool:
-    """Return whether the C code is there: built now, or before by the same compiler."""
-    return os.environ.get(OFF) != "0" and _library() is not None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CC", "cc")
-    try:
-        return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError):
-        return None  # no compiler, no place to write: PyTorch serves
-
-
-def _built(compiler: str) -> Path:
-    """Return the shared library, compiled where this machine and compiler have none yet."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    known = "\0".join([SOURCE.read_text(), version, *FLAGS, _processor()])
-    digest = hashlib.sha256(known.encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(cache) / "seps" / f"native-{digest}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(suffix=".so", dir=target.parent)
-        os.close(handle)
-        command = [compiler, *FLAGS, str(SOURCE), "-o", made, "-lm"]
-        try:
-            subprocess.run(command, capture_output=True, timeout=300, check=True)
-            os.replace(made, target)  # whole or not at all, whoever else compiles
-        finally:
-            Path(made).unlink(missing_ok=True)
-    return target
-
-
-def _processor() -> str:
-    """Return what tells processors apart: a library for one may not run on another."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{sys.platform} {platform.machine()} {platform.processor()} {flags}"
 
 
 def pays(tokens: int, patches: int, width: int, words: float, k: int) -> bool:
@@ -179,7 +122,7 @@ def _match(
         tensors = {
             key: None if one is None else one[part].contiguous() for key, one in images.items()
         }
-        products = real @ sources[part].flatten(0, 1).T  # (W, images·R)
+        products = multiply(real, sources[part].flatten(0, 1).T)  # (W, images·R)
         counts = {
             "images": len(sources[part]),
             "width": images["peaks"].shape[2],
@@ -195,21 +138,11 @@ def _finite(*tensors: Tensor | None) -> bool:
 
 
 def _run(sizes: dict[str, int], tensors: dict[str, Tensor | None]) -> None:
-    """Match the captions in PyTorch's number of threads; ctypes lets go of the interpreter."""
+    """Match the captions in PyTorch's number of threads."""
     pointers = {key: one.data_ptr() for key, one in tensors.items() if one is not None}
-    call, function = _Call(**sizes, **pointers), _library().match_captions
-    function.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64, ctypes.c_int64]
-    captions, threads = sizes["captions"], min(torch.get_num_threads(), sizes["captions"])
-    ends = [captions * number // threads for number in range(threads + 1)]
-    jobs = [(ctypes.byref(call), *ends[number : number + 2]) for number in range(threads)]
-    if threads == 1:
-        failed = function(*jobs[0])
-    else:
-        failed = any(_pool(threads).map(lambda job: function(*job), jobs))
-    if failed:
-        raise MemoryError("no memory for the weights of a pair")
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="pairs")
+    call = ctypes.byref(_Call(**sizes, **pointers))
+    shares = compiled.shares(sizes["captions"])
+    compiled.call(
+        "match_captions",
+        [(call, ctypes.c_int64(first), ctypes.c_int64(last)) for first, last in shares],
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
 from lib.batch import length_mask
-from lib.model import kernels, native
+from lib.model import compiled, kernels
 from lib.model.alignment import NEGATIVE_SLOPE, best_matches, masked_average
 from lib.model.kernels import fused_matches, is_available, token_mask
 from lib.model.slimming import global_scores, min_max, selected_softmax, top_k_mask
@@ -158,7 +158,7 @@ def test_plain_form_is_the_similarity_of_the_method(method, dense, sparse_ratio)
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on the CPU")
 def test_a_cpu_without_compiled_code_is_refused(monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(compiled, "is_available", lambda: False)
     assert not is_available(torch.device("cpu"))
     with pytest.raises(ValueError, match="needs a CUDA device"):
         fused_matches(**random_case(5, 3, 2, 1, False), k=2)
@@ -200,7 +200,7 @@ def test_a_program_that_fails_at_a_models_size_falls_back(method, flags, monkeyp
     pytest.importorskip("triton")
     model = tiny_model(method, **flags).eval()
     images, texts = encode(model, pair_inputs(4, method, **flags))
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(compiled, "is_available", lambda: False)
     wanted = model.similarity(images, texts)
     monkeypatch.setattr(kernels, "_failed", set())
     monkeypatch.setattr(kernels, "_interpreted", lambda: True)
@@ -227,7 +227,7 @@ def test_the_module_works_without_triton(monkeypatch):
     spec.loader.exec_module(alone)
     assert not alone.is_available(torch.device("cuda"))
     with torch.no_grad():
-        assert alone.serves(torch.zeros(1)) == native.is_available()
+        assert alone.serves(torch.zeros(1)) == compiled.is_available()
 
 
 # --- the kernel through the interpreter ----------------------------------------------------------

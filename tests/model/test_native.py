@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib.model import kernels, native
+from lib.model import compiled, kernels, native
 from tests.helpers import encode, pair_inputs, tiny_model
 from tests.model.test_kernels import assert_agrees, random_case
 
-compiled = pytest.mark.skipif(not native.is_available(), reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(not compiled.is_available(), reason="no C compiler here")
 
 
 pays = native.pays
@@ -20,7 +20,7 @@ def _serve_any_size(monkeypatch):
     monkeypatch.setattr(native, "pays", lambda *sizes: True)
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("fixed", [0, 2])
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_agrees_with_the_plain_form(patches, longest, tokens, fixed, added):
         assert_agrees(case, k, fused_counts=False)
 
 
-@compiled
+@needs_compiler
 def test_keeps_the_first_of_ties_and_skips_masked_words():
     case = random_case(20, 9, 3, 1, False, images=4, texts=6)
     case["scores"] = case["scores"].round() * torch.where(case["scores"] > 0.1, 1, -1)
@@ -44,7 +44,7 @@ def test_keeps_the_first_of_ties_and_skips_masked_words():
         assert_agrees(case, k)
 
 
-@compiled
+@needs_compiler
 def test_threads_and_parts_change_nothing(monkeypatch):
     case = random_case(30, 7, 5, 1, True, images=5, texts=7)
     whole = kernels.fused_matches(**case, k=15)
@@ -59,7 +59,7 @@ def test_threads_and_parts_change_nothing(monkeypatch):
         torch.set_num_threads(threads)
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize("spoilt", ["patches", "words", "scores", "fixed", "added", "gram"])
 def test_numbers_that_are_not_finite_are_handed_to_pytorch(spoilt):
     case = random_case(9, 4, 2, 1, True)
@@ -70,7 +70,7 @@ def test_numbers_that_are_not_finite_are_handed_to_pytorch(spoilt):
     assert kernels.is_available(torch.device("cpu"))  # the next call may be served
 
 
-@compiled
+@needs_compiler
 def test_logits_too_far_apart_are_handed_to_pytorch():
     case = random_case(9, 4, 2, 1, False)
     case["logits"] *= 100
@@ -93,7 +93,7 @@ METHODS = [
 ]
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize(("method", "flags"), METHODS, ids=str)
 def test_serves_the_methods(method, flags, monkeypatch):
     model = tiny_model(method, **flags).eval()
@@ -111,7 +111,7 @@ def test_serves_the_methods(method, flags, monkeypatch):
         torch.testing.assert_close(found[key], wanted[key].detach(), atol=1e-5, rtol=0)
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize("method", ["laps", "seps", "seps_released"])
 def test_the_first_pass_of_hardest_negatives_is_served_and_gradients_stay(method, monkeypatch):
     inputs = pair_inputs(6, method)
@@ -143,7 +143,7 @@ def test_without_the_compiled_code_pytorch_serves(broken, monkeypatch, tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     if broken == "switched off":
         monkeypatch.setenv("SEPS_NATIVE", "0")
-    monkeypatch.setattr(native, "_library", native._library.__wrapped__)  # asked anew
+    monkeypatch.setattr(compiled, "_loaded", compiled._loaded.__wrapped__)  # asked anew
     model = tiny_model("laps").eval()
     with torch.no_grad():
         assert not model.is_fused
@@ -156,11 +156,3 @@ def test_long_captions_are_left_to_the_direct_form(monkeypatch):
     assert pays(115, 576, 512, 60, 288)  # ViT-384
     monkeypatch.setattr(native, "pays", pays)
     assert native.matches(**random_case(49, 90, 1, 1, False), k=25) is None
-
-
-@compiled
-def test_a_half_written_library_is_never_loaded(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = native._built("cc")
-    assert [path.name for path in (tmp_path / "seps").iterdir()] == [library.name]
-    assert native._built("cc") == library

@@ -1,0 +1,91 @@
+/* Matrix products at the rate of the core's widest vectors, which not every library uses.
+ *
+ * Both sides are packed block by block: a block of the right side stays in the second cache while
+ * the tiles of the left side pass, and what a tile reads stays in the first.
+ */
+#include <stdlib.h>
+
+#include "native_tile.h"
+
+#define BLOCK_ROWS (72 * ROWS)
+#define BLOCK_COLUMNS (8 * PANEL)
+#define BLOCK_DEPTH 256
+
+typedef struct { /* strides count floats; out's columns lie side by side */
+    int64_t rows, columns, depth;
+    int64_t left_row, left_step, right_column, right_step, out_row;
+    int64_t add; /* to what `out` holds */
+    const float *left, *right;
+    float *out;
+} Product;
+
+static int64_t at_most(int64_t one, int64_t other) { return one < other ? one : other; }
+
+/* Multiply a packed block; `rows` and `columns` are its own, `out` its corner. */
+static void multiply_block(const float *left, const float *right, int64_t rows, int64_t columns,
+                           int64_t depth, float *out, int64_t stride, int add) {
+    float whole[ROWS * PANEL]; /* a tile that sticks out at the right */
+    for (int64_t t = 0; t < tiles_of(rows); t++) {
+        int64_t first = tile_start(rows, t), count = tile_start(rows, t + 1) - first;
+        for (int64_t column = 0; column < columns; column += PANEL) {
+            int64_t wanted = at_most(PANEL, columns - column);
+            Tile *tile = tile_for(count, wanted);
+            float *corner = out + first * stride + column;
+            const float *panel = right + column * depth;
+            if (wanted == PANEL) {
+                tile(left + first * depth, panel, depth, corner, stride, add);
+                continue;
+            }
+            tile(left + first * depth, panel, depth, whole, PANEL, 0);
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t j = 0; j < wanted; j++)
+                    corner[i * stride + j] = whole[i * PANEL + j] + (add ? corner[i * stride + j] : 0);
+        }
+    }
+}
+
+static void pack_left(const Product *call, int64_t row, int64_t rows, int64_t from, int64_t depth,
+                      float *packed) {
+    const float *corner = call->left + row * call->left_row + from * call->left_step;
+    for (int64_t t = 0; t < tiles_of(rows); t++) {
+        int64_t first = tile_start(rows, t), count = tile_start(rows, t + 1) - first;
+        pack(corner + first * call->left_row, call->left_row, call->left_step, count, depth, count,
+             packed + first * depth);
+    }
+}
+
+static void pack_right(const Product *call, int64_t column, int64_t columns, int64_t from,
+                       int64_t depth, float *packed) {
+    const float *corner = call->right + column * call->right_column + from * call->right_step;
+    for (int64_t first = 0; first < columns; first += PANEL)
+        pack(corner + first * call->right_column, call->right_column, call->right_step,
+             at_most(PANEL, columns - first), depth, PANEL, packed + first * depth);
+}
+
+/* out = left x right; returns 0, or 1 where memory is lacking. */
+int multiply(const Product *call) {
+    int64_t most = at_most(call->rows, BLOCK_ROWS);
+    int64_t wide = at_most(panels_of(call->columns) * PANEL, BLOCK_COLUMNS);
+    int64_t deep = at_most(call->depth, BLOCK_DEPTH);
+    float *left = malloc(4 * (most + wide) * deep + 64);
+    if (!left) return 1;
+    float *right = left + most * deep;
+    if (!call->depth && !call->add)
+        for (int64_t row = 0; row < call->rows; row++)
+            memset(call->out + row * call->out_row, 0, 4 * call->columns);
+    for (int64_t row = 0; row < call->rows; row += most)
+        for (int64_t from = 0; from < call->depth; from += deep) {
+            int64_t rows = at_most(most, call->rows - row);
+            int64_t depth = at_most(deep, call->depth - from);
+            pack_left(call, row, rows, from, depth, left);
+            for (int64_t column = 0; column < call->columns; column += wide) {
+                int64_t columns = at_most(wide, call->columns - column);
+                pack_right(call, column, columns, from, depth, right);
+                multiply_block(left, right, rows, columns, depth,
+                               call->out + row * call->out_row + column, call->out_row,
+                               call->add || from);
+            }
+        }
+    free(left);
+    return 0;
+}
