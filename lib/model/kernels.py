@@ -55,7 +55,7 @@ _failed: set[torch.device] = set()  # where a program did not build at the size 
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether `fused_matches` runs there: on CUDA, on the CPU where native.c is compiled.
+    """Return whether `fused_matches` runs there: on CUDA, on the CPU where there is a C compiler.
 
     Under TRITON_INTERPRET=1 Triton's interpreter runs the programs anywhere. Where Triton can't
     build a program (no C compiler, an old GPU), one warning says so.

@@ -19,14 +19,51 @@ typedef struct { /* strides count floats; out's columns lie side by side */
     float *out;
 } Product;
 
-static int64_t at_most(int64_t one, int64_t other) { return one < other ? one : other; }
+FIXED void sum_tile(const int R, const int W, const float *left, const float *right, int64_t depth,
+                    lanes sum[ROWS][VECTORS]) {
+    UNROLLED for (int i = 0; i < R; i++)
+        UNROLLED for (int w = 0; w < W; w++) sum[i][w] = (lanes){0};
+    for (int64_t k = 0; k < depth; k++, left += R, right += PANEL) {
+        lanes row[VECTORS];
+        UNROLLED for (int w = 0; w < W; w++) row[w] = *(const lanes *)(right + w * LANES);
+        UNROLLED for (int i = 0; i < R; i++)
+            UNROLLED for (int w = 0; w < W; w++) sum[i][w] += left[i] * row[w];
+    }
+}
+
+#define TILE(R, W)                                                                                \
+    static void tile_##R##_##W(const float *left, const float *right, int64_t depth, float *out,  \
+                               int64_t stride, int add) {                                         \
+        lanes sum[ROWS][VECTORS];                                                                 \
+        sum_tile(R, W, left, right, depth, sum);                                                  \
+        UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int w = 0; w < W; w++) {               \
+            lanes *cell = (lanes *)(out + i * stride + w * LANES);                                \
+            *cell = add ? *cell + sum[i][w] : sum[i][w];                                          \
+        }                                                                                         \
+    }
+#define TILES(R) TILE(R, 1) TILE(R, 2)
+#define PAIR(R) {tile_##R##_1, tile_##R##_2}
+
+TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+#if ROWS == 14
+TILES(7) TILES(8) TILES(9) TILES(10) TILES(11) TILES(12) TILES(13) TILES(14)
+static Tile *const tiles[ROWS][VECTORS] = {
+    PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), PAIR(6), PAIR(7),
+    PAIR(8), PAIR(9), PAIR(10), PAIR(11), PAIR(12), PAIR(13), PAIR(14)};
+#else
+static Tile *const tiles[ROWS][VECTORS] = {PAIR(1), PAIR(2), PAIR(3), PAIR(4), PAIR(5), PAIR(6)};
+#endif
+
+int64_t lane_count(void) { return LANES; }
+
+Tile *tile_for(int64_t rows, int64_t columns) { return tiles[rows - 1][columns > LANES]; }
 
 /* Multiply a packed block; `rows` and `columns` are its own, `out` its corner. */
 static void multiply_block(const float *left, const float *right, int64_t rows, int64_t columns,
                            int64_t depth, float *out, int64_t stride, int add) {
     float whole[ROWS * PANEL]; /* a tile that sticks out at the right */
-    for (int64_t t = 0; t < tiles_of(rows); t++) {
-        int64_t first = tile_start(rows, t), count = tile_start(rows, t + 1) - first;
+    for (int64_t t = 0; t < parts_of(rows, ROWS); t++) {
+        int64_t first = part_start(rows, ROWS, t), count = part_start(rows, ROWS, t + 1) - first;
         for (int64_t column = 0; column < columns; column += PANEL) {
             int64_t wanted = at_most(PANEL, columns - column);
             Tile *tile = tile_for(count, wanted);
@@ -47,8 +84,8 @@ static void multiply_block(const float *left, const float *right, int64_t rows, 
 static void pack_left(const Product *call, int64_t row, int64_t rows, int64_t from, int64_t depth,
                       float *packed) {
     const float *corner = call->left + row * call->left_row + from * call->left_step;
-    for (int64_t t = 0; t < tiles_of(rows); t++) {
-        int64_t first = tile_start(rows, t), count = tile_start(rows, t + 1) - first;
+    for (int64_t t = 0; t < parts_of(rows, ROWS); t++) {
+        int64_t first = part_start(rows, ROWS, t), count = part_start(rows, ROWS, t + 1) - first;
         pack(corner + first * call->left_row, call->left_row, call->left_step, count, depth, count,
              packed + first * depth);
     }

@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lib.model import compiled, kernels, native
 from tests.helpers import encode, pair_inputs, tiny_model
-from tests.model.test_kernels import assert_agrees, random_case
+from tests.model.test_kernels import assert_agrees, plain_matches, random_case
 
 needs_compiler = pytest.mark.skipif(not compiled.is_available(), reason="no C compiler here")
 
 
-pays = native.pays
+def forced(form: str):
+    """Return what takes the place of `native.direct_pays`, or that itself."""
+    forms = {"gram": torch.zeros_like, "direct": torch.ones_like}
+    if form == "by length":
+        return native.direct_pays
+    return lambda words, *sizes: forms[form](words, dtype=torch.bool)
 
 
-@pytest.fixture(autouse=True)
-def _serve_any_size(monkeypatch):
-    monkeypatch.setattr(native, "pays", lambda *sizes: True)
+@pytest.fixture(params=["", "avx2"])
+def _lanes(request, monkeypatch):
+    """Both widths of vectors, where the processor has both."""
+    monkeypatch.setenv("SEPS_NATIVE", request.param)
+    if not compiled.is_available():
+        pytest.skip("no C compiler here, or not for such a processor")
 
 
-@needs_compiler
+@pytest.fixture(params=["gram", "direct"])
+def _form(request, monkeypatch):
+    monkeypatch.setattr(native, "direct_pays", forced(request.param))
+
+
+def assert_agrees_with_float64(case: dict, k: int, **options) -> None:
+    """Assert that best matches are those of the plain form in float64, to 1e-5."""
+    found = kernels.fused_matches(**case, k=k, **options)
+    exact = {
+        key: one.double() if torch.is_tensor(one) and one.is_floating_point() else one
+        for key, one in case.items()
+    }
+    wanted = plain_matches(**exact, k=k, **options)
+    words = case["word_mask"].expand_as(found[0])
+    takes_part = options.get("fused_counts", True) or k < case["patches"].shape[1]
+    mask = kernels.token_mask(case["fixed_mask"], case["logits"].shape[1], takes_part)
+    for one, other, real in zip(found, wanted, (words, mask.expand_as(found[1])), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one[real].double(), other[real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("_lanes", "_form")
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("fixed", [0, 2])
 @pytest.mark.parametrize(
@@ -34,7 +65,39 @@ def test_agrees_with_the_plain_form(patches, longest, tokens, fixed, added):
         assert_agrees(case, k, fused_counts=False)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("_lanes", "_form")
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_agrees_at_any_size(data):
+    def size(least, most):
+        return data.draw(st.integers(least, most))
+
+    patches = size(1, 70)
+    # with fewer channels sums cancel, and what float32 has left of a norm is not 1e-5
+    sizes = {"images": size(1, 3), "texts": size(1, 4), "width": size(8, 70), "seed": size(0, 99)}
+    case = random_case(patches, size(1, 70), size(1, 45), size(0, 3), size(0, 1) > 0, **sizes)
+    assert_agrees_with_float64(case, size(1, patches), fused_counts=size(0, 1) > 0)
+
+
+@pytest.mark.usefixtures("_lanes")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", ["gram", "direct", "by length"])
+@pytest.mark.parametrize(
+    ("patches", "tokens", "images", "texts"), [(196, 39, 2, 31), (576, 115, 1, 7)]
+)
+def test_agrees_at_real_sizes(patches, tokens, images, texts, form, threads, monkeypatch):
+    monkeypatch.setattr(native, "direct_pays", forced(form))
+    sizes = {"images": images, "texts": texts, "width": 512}
+    case = random_case(patches, 90, tokens, 1, form == "by length", **sizes)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_agrees_with_float64(case, patches // 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_lanes", "_form")
 def test_keeps_the_first_of_ties_and_skips_masked_words():
     case = random_case(20, 9, 3, 1, False, images=4, texts=6)
     case["scores"] = case["scores"].round() * torch.where(case["scores"] > 0.1, 1, -1)
@@ -44,19 +107,21 @@ def test_keeps_the_first_of_ties_and_skips_masked_words():
         assert_agrees(case, k)
 
 
+@pytest.mark.usefixtures("_form")
 @needs_compiler
-def test_threads_and_parts_change_nothing(monkeypatch):
-    case = random_case(30, 7, 5, 1, True, images=5, texts=7)
-    whole = kernels.fused_matches(**case, k=15)
-    monkeypatch.setattr(native, "PRODUCT_BYTES", 1)
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            for one, other in zip(whole, kernels.fused_matches(**case, k=15), strict=True):
-                torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-    finally:
-        torch.set_num_threads(threads)
+def test_scores_far_apart_leave_a_softmax_of_few():
+    case = random_case(30, 5, 3, 1, False)
+    case["scores"] *= torch.linspace(1, 400, 30)
+    for k in (1, 15, 29):
+        assert_agrees_with_float64(case, k)
+
+
+def test_the_direct_form_is_for_long_captions():
+    words = torch.arange(1, 130)
+    for sizes in [(39, 197, 512, 98), (39, 236, 512, 98), (115, 577, 512, 288)]:  # ViT
+        chosen = native.direct_pays(words, *sizes)
+        assert not chosen[:12].any()
+        assert chosen[80:].all()
 
 
 @needs_compiler
@@ -148,11 +213,3 @@ def test_without_the_compiled_code_pytorch_serves(broken, monkeypatch, tmp_path)
     with torch.no_grad():
         assert not model.is_fused
         assert model.similarity(*encode(model, pair_inputs(4, "laps"))).isfinite().all()
-
-
-def test_long_captions_are_left_to_the_direct_form(monkeypatch):
-    assert pays(39, 196, 512, 14, 98)
-    assert not pays(39, 196, 512, 88, 98)
-    assert pays(115, 576, 512, 60, 288)  # ViT-384
-    monkeypatch.setattr(native, "pays", pays)
-    assert native.matches(**random_case(49, 90, 1, 1, False), k=25) is None
