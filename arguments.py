@@ -11,11 +11,12 @@ from typing import Any
 
 from lib.batch import image_size
 from lib.config_file import with_config
+from lib.data.flags import add_data_flags, add_training_data_flags
 from lib.data.layout import image_folder
 from lib.data.splits import HELD_OUT
 from lib.errors import InputError, InputWarning
 from lib.files import load_object
-from lib.flags import IntegerList, Parser, check_kinds, given_flags
+from lib.flags import Parser, check_kinds, given_flags
 from lib.memory import check_fits
 from lib.methods import registry
 from lib.model.selection import CONTROLS
@@ -52,91 +53,6 @@ DATASET_DEFAULTS = {
         "logger_name": "runs/scenes",
     },
 }
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        default="f30k",
-        metavar="NAME",
-        help="f30k, coco, scenes (drawn where missing) or any folder of --data_path",
-    )
-    group.add_argument("--data_path", default="data/", help="root folder of the data sets")
-    group.add_argument(
-        "--image_path",
-        default=None,
-        metavar="DIR",
-        help="image folder; default: images in the data set's folder, for f30k and coco as below",
-    )
-    group.add_argument("--f30k_img_path", default=None, help="default: flickr30k-images in it")
-    group.add_argument("--coco_img_path", default=None, help="default: coco-images in it")
-    group.add_argument("--workers", type=int, default=8, help="loader processes per process")
-    group.add_argument(
-        "--image_cache",
-        default=None,
-        metavar="DIR",
-        help="keep resized images there, to be decoded once; images to be cropped at random are "
-        "kept shrunk, and their pixels differ by about 2 of 255 from those without the cache",
-    )
-    group.add_argument(
-        "--feature_cache",
-        default=None,
-        metavar="DIR",
-        help="keep there what a frozen image encoder (--freeze image) says of each image",
-    )
-    group.add_argument(
-        "--scenes_size",
-        action=IntegerList,
-        default=[4000, 200, 200],
-        metavar="N",
-        help="train, dev and test images of the embedded data set",
-    )
-
-
-def _add_training_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training data")
-    group.add_argument(
-        "--shards",
-        default=None,
-        metavar="PATTERN",
-        help="train on WebDataset shards, 'shard-{000..099}.tar'; dev and test from --dataset",
-    )
-    group.add_argument(
-        "--shard_sizes",
-        default=None,
-        metavar="FILE",
-        help="JSON of each shard's samples; default: sizes.json beside them, else counted",
-    )
-    group.add_argument(
-        "--feature_views",
-        type=int,
-        default=0,
-        help="cropped and flipped views of a training image that --feature_cache keeps; 0: the "
-        "plain image alone",
-    )
-    group.add_argument(
-        "--size_augment", type=int, default=1, help="mask, replace and drop words in training"
-    )
-    group.add_argument(
-        "--image_augment", type=int, default=1, help="random crop and flip in training"
-    )
-    group.add_argument(
-        "--sibling_share",
-        type=float,
-        default=0.0,
-        help="share of the pairs put into one batch with that of the sibling image, which differs "
-        "in one fact (scenes alone has siblings)",
-    )
-    group.add_argument(
-        "--val_split",
-        default="dev",
-        choices=["dev", "test"],
-        help="split that chooses the checkpoint; test is the official habit, and is recorded",
-    )
-    group.add_argument(
-        "--max_bad_images", type=int, default=100, help="stop after more undecodable images"
-    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -229,8 +145,8 @@ def train_parser() -> Parser:
     )
     _add_method(parser, "seps")
     for add in (
-        _add_data,
-        _add_training_data,
+        add_data_flags,
+        add_training_data_flags,
         _add_run,
         add_training_flags,
         add_optimizer_flags,
@@ -246,7 +162,7 @@ def eval_parser() -> Parser:
     """Return the parser of eval.py; what the model is made of comes from the checkpoint."""
     parser = Parser("eval.py", description="Evaluate checkpoints.", raises=True)
     _add_method(parser, "the checkpoint's; official ones need laps, seps_released or ilaps")
-    _add_data(parser)
+    add_data_flags(parser)
     parser.set_defaults(dataset=None, scenes_size=None)  # the checkpoint's own, where not given
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -258,6 +174,14 @@ def eval_parser() -> Parser:
     group.add_argument("--vit_path", default=None, help="folder with the image config.json")
     group.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")
     group.add_argument("--split", default="test", choices=["test", "dev"], help="what to rank")
+    group.add_argument(
+        "--first_images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rank only the first N images of the split with their captions (0: all); the result "
+        "is stored under its own name",
+    )
     group.add_argument("--batch_size", type=int, default=64, help="images or captions at once")
     group.add_argument(
         "--shard_size", type=int, default=None, help="pairs at once; default: as in training"

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,16 +15,18 @@ from lib.batch import image_size
 from lib.data.features import FeatureCache, fill_share, wanted_views
 from lib.data.image_cache import ImageCache
 from lib.data.layout import dense_file, dense_way_out, describe_command
-from lib.data.loaders import TrainLoader, eval_loader, train_loader
+from lib.data.loaders import EvalLoader, TrainLoader, eval_loader, train_loader
 from lib.data.model_tokenizer import ModelTokenizer
 from lib.data.scenes.facts import sibling_captions
 from lib.data.scenes.generate import generate_scenes
 from lib.data.shard_loader import ShardLoader, plan_share
 from lib.data.shards import ShardSet, ShardStream, open_shards
-from lib.data.sources import EvalCaptions, EvalImages, ImageFolderSource, TrainSet
+from lib.data.sources import EvalCaptions, EvalImages, ImageFolderSource, TrainSet, cut_line
 from lib.data.splits import (
     HELD_OUT,
     Split,
+    first_captions,
+    first_images,
     hold_out,
     load_region_split,
     load_split,
@@ -51,8 +52,6 @@ from vocab import (
     load_tokenizer,
 )
 
-CUT_SAMPLE = 2000  # dense texts whose length is counted
-UNCUT = 1 << 20  # more word pieces than any text has
 HELD_OUT_IMAGES = 1000  # of the training split, where dev can't choose the checkpoint
 
 
@@ -78,19 +77,19 @@ def _draw_scenes(args: argparse.Namespace) -> None:
 def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split | ShardSet, Split]:
     """Return the training split and the one that chooses the checkpoint.
 
-    Where dev lacks what the method needs, training images are held out in its place, and the log
-    says so; not of shards, which need a dev split beside them. Raises InputError for anything wrong
-    with the files.
+    Where dev lacks what the method needs, training images are held out and the log says so; shards
+    need a dev split beside them. Raises InputError for anything wrong with the files.
     """
     method = get_method(args.method)
     needs_dense = method.wants_dense(args) is not None
     if args.shards:
-        return _shards(args, log), read_split(args, args.val_split, needs_dense)
+        return _shards(args, log), _validation_split(args, needs_dense)
     training = read_split(args, "train", method.trains_on_dense(args))
+    training = first_captions(training, args.captions_per_image)
     missing = _missing_for_validation(args, needs_dense)
     if args.val_split != HELD_OUT:  # a run that goes on stays with what it held out
         if missing is None:
-            validation = read_split(args, args.val_split, needs_dense)
+            validation = _validation_split(args, needs_dense)
             if not args.precomp:  # the ids of regions are rows
                 warn_of_shared_images(validation, training.image_ids, training.name)
             return training, validation
@@ -104,9 +103,13 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split | ShardSet
     return hold_out(training, count)
 
 
+def _validation_split(args: argparse.Namespace, needs_dense: bool) -> Split:
+    return first_images(read_split(args, args.val_split, needs_dense), args.val_images)
+
+
 def _shards(args: argparse.Namespace, log: RunLog) -> ShardSet:
     """Return the training split in shards. Raises InputError where they can't be used."""
-    for flag in ("precomp", "image_cache", "feature_cache", "sibling_share"):
+    for flag in "precomp image_cache feature_cache sibling_share captions_per_image".split():
         if getattr(args, flag):
             raise InputError(
                 f"--shards and --{flag} exclude each other: shards are read in passing"
@@ -327,6 +330,12 @@ def validation_loaders(
     )
 
 
+def pixel_loader(args: argparse.Namespace, split: Split) -> EvalLoader:
+    """Return every image of a split as pixels, in order, whatever the model itself is handed."""
+    images = EvalImages(split, args.img_res, resample=_resample(args))
+    return eval_loader(images, args.batch_size, range(len(images)), min(args.workers, 4))
+
+
 def open_features(
     args: argparse.Namespace,
     encoder: ImageEncoder,
@@ -387,14 +396,5 @@ def dense_words(args: argparse.Namespace, training: bool = False) -> int:
 def dense_cut(
     args: argparse.Namespace, split: Split, tokenizer: WordTokenizer, training: bool = False
 ) -> str:
-    """Return a line that says which share of a split's dense texts is cut, and where.
-
-    Of many texts an evenly spread sample is counted.
-    """
-    words = dense_words(args, training)
-    chosen = np.linspace(0, len(split.dense) - 1, min(len(split.dense), CUT_SAMPLE)).astype(int)
-    lengths = [len(tokenizer.encode(split.dense[row], UNCUT)) for row in chosen]
-    share = 100 * np.mean(np.array(lengths) > words)
-    of = "" if len(chosen) == len(split.dense) else f" of {len(chosen):,} sampled"
-    median = f"median {np.median(lengths):.0f}"
-    return f"dense texts of {split.name}: {share:.0f} %{of} cut at {words} word pieces, {median}"
+    """Return a line that says which share of a split's dense texts is cut, and where."""
+    return cut_line(split.name, split.dense, tokenizer, dense_words(args, training))

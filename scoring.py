@@ -16,6 +16,7 @@ from data import (
     dense_cut,
     open_features,
     open_image_cache,
+    pixel_loader,
     prepare_scenes,
     read_split,
     validation_loaders,
@@ -26,11 +27,12 @@ from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
 from lib.data.fingerprint import files_fingerprint, split_fingerprint
 from lib.data.scenes.facts import named_coverage
-from lib.data.splits import Split, ids_in, warn_of_shared_images
+from lib.data.splits import Split, first_images, ids_in, warn_of_shared_images
 from lib.errors import InputError
 from lib.files import check_destination
 from lib.methods.base import Method
 from lib.methods.registry import get_method
+from lib.model.attention import cls_attention
 from lib.model.encoders import warn_of_small_vocabulary
 from lib.model.precision import autocast_for
 from lib.model.selection import control_selection
@@ -46,7 +48,7 @@ from lib.retrieval.ensemble import (
 )
 from lib.retrieval.evaluation import SplitLoaders, score_split
 from lib.retrieval.gallery import Gallery
-from lib.retrieval.kept_area import named_area_kept
+from lib.retrieval.kept_area import area_kept
 from lib.retrieval.protocol import protocol_of
 from lib.retrieval.rerank import rerank_split
 from lib.retrieval.result_files import CHANGES, RESULTS, code_facts, file_digest, save_matrix
@@ -91,7 +93,7 @@ def evaluate_checkpoint(
         found = rerank_split(member.model, member.loaders, device, autocast, args.rerank)
         matrix, carried = None, found.carried
         measured = outcome.rerank_outcome(
-            member.gallery, found, args.rerank, args.recall_at, _control_label(args)
+            member.gallery, found, args.rerank, args.recall_at, _label(args)
         )
     else:
         scores = score_split(member.model, member.loaders, device, autocast, store=rows)
@@ -102,7 +104,7 @@ def evaluate_checkpoint(
         "protocol": protocol_of(*carried, member.loaders.repeated_share),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    facts |= distributed.on_main(lambda: _kept_area(member, device, autocast)) or {}
+    facts |= distributed.on_main(lambda: _kept_areas(member, args, device, autocast)) or {}
     measured = measured.with_facts(facts)
 
     def publish() -> None:
@@ -180,6 +182,7 @@ def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     settings.text_positions = getattr(model.text_encoder, "max_positions", None)
     split = read_split(settings, args.split, needs_dense=model.dense_owner is not None)
+    split = first_images(split, args.first_images)
     gallery = Gallery(
         split.dataset, split.name, split.captions, split.image_ids, split.caption_image
     )
@@ -221,7 +224,7 @@ def _row_store(member: Member, args: argparse.Namespace, device: torch.device) -
         "feature_cache": bool(args.feature_cache),
         **{name: getattr(args, name) for name in ROW_FLAGS},
     }
-    name = f"{split.dataset}_{split.name}{_control_label(args)}"
+    name = f"{split.dataset}_{split.name}{_label(args)}"
     folder = member.checkpoint.with_name(UNFINISHED)
     return RowStore(folder, made_from, len(member.gallery.captions), name)
 
@@ -234,14 +237,15 @@ def _shared(work: Callable[[], outcome.Outcome]) -> outcome.Outcome:
 def _measured(
     gallery: Gallery, matrix: Any, args: argparse.Namespace, label: str = ""
 ) -> outcome.Outcome:
-    label += _control_label(args)
+    label += _label(args)
     labels = {"cxc": bool(args.evaluate_cxc), "eccv": bool(args.evaluate_eccv), "label": label}
     return outcome.matrix_outcome(gallery, matrix, args.recall_at, **labels)
 
 
-def _control_label(args: argparse.Namespace) -> str:
-    """Return the end of the names of entries that a control made, never those of the model."""
-    return f"_{args.selection_control}" if args.selection_control else ""
+def _label(args: argparse.Namespace) -> str:
+    """Return the end of the names of entries of a part of a split, and of those a control made."""
+    part = f"_first{args.first_images}" if args.first_images else ""
+    return part + (f"_{args.selection_control}" if args.selection_control else "")
 
 
 def _publish(title: str, folder: Path, measured: outcome.Outcome, args: argparse.Namespace) -> None:
@@ -279,15 +283,29 @@ def _control(model: Method, control: str | None, trained: argparse.Namespace) ->
         )
 
 
-def _kept_area(member: Member, device: torch.device, autocast: Callable) -> dict[str, Any]:
-    """Return how much of the things that captions name is kept, where the data set knows them."""
-    model, settings = member.model, member.settings
-    if not model.uses_pixels or settings.dataset != "scenes" or settings.precomp:
+def _kept_areas(
+    member: Member, args: argparse.Namespace, device: torch.device, autocast: Callable
+) -> dict[str, Any]:
+    """Return what the patches kept hold: of what captions name where that is known, of attention.
+
+    The latter is [CLS]'s in the image encoder, where --attention_kept asks for it.
+    """
+    model, settings, split = member.model, member.settings, member.split
+    if not model.uses_pixels or settings.precomp:
         return {}
-    root = Path(settings.data_path) / "scenes"
-    coverage = named_coverage(root, member.split, model.image_encoder.grid)
-    found = named_area_kept(model, member.loaders, coverage, device, autocast)
-    return {} if found is None else {"named_area": found}
+    coverage = {}
+    if settings.dataset == "scenes":
+        root = Path(settings.data_path) / "scenes"
+        coverage["named_area"] = named_coverage(root, split, model.image_encoder.grid)
+    if args.attention_kept:
+        attention = cls_attention(model.image_encoder, device)
+        maps = [attention(batch.pixels) for batch in pixel_loader(settings, split)]
+        coverage["attention_kept"] = torch.cat(maps).cpu().numpy()[split.caption_image]
+    found = {
+        name: area_kept(model, member.loaders, one, device, autocast)
+        for name, one in coverage.items()
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _warn_of_vocabulary(model: Method, tokenizer: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -40,9 +40,16 @@ def config_words(parser: argparse.ArgumentParser, path: str | os.PathLike) -> li
         raise InputError(f"{path}{line}: not YAML ({problem})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: give one flag a line, as batch_size: 128")
+    return flag_words_of(parser, values, path)
+
+
+def flag_words_of(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str | os.PathLike
+) -> list[str]:
+    """Return flags with their values as command-line words; InputError names the `source`."""
     words: list[str] = []
     for key, value in values.items():
-        words += _words(_action(parser, key, path), key, value, path)
+        words += _words(_action(parser, key, source), key, value, source)
     return words
 
 

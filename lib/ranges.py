@@ -51,11 +51,12 @@ RANGES = _table(
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
         " recall_at topk nhead captions epochs repeats patches encoded loop_captions"
         " word_dim sim_dim num_regions sgr_step top limit max_new_tokens image_size concurrency"
-        " num_tokens decoder_depth lr_update",
+        " num_tokens decoder_depth lr_update jobs",
     ),
     zeros=(
         Range(0, MOST),
-        "rerank workers gpu_id feature_views lora_rank log_step skip_nonfinite max_bad_images"
+        "rerank workers gpu_id val_images first_images captions_per_image feature_views"
+        " lora_rank log_step skip_nonfinite max_bad_images"
         " lr_warmup_steps max_dense_word"
         " vse_mean_warmup_epochs warmup rank local_rank retries check random examples",
     ),
@@ -82,8 +83,8 @@ RANGES = _table(
     switches=(
         Range(0, 1, hint="0 or 1"),
         "size_augment image_augment overwrite multi_gpu compile precomp gradient_checkpointing"
-        " detach_patches save_results evaluate_cxc evaluate_eccv eval use_cls_as_glob_embd"
-        " use_token_selection use_learnable_temp memory check_counts",
+        " detach_patches save_results evaluate_cxc evaluate_eccv eval attention_kept"
+        " use_cls_as_glob_embd use_token_selection use_learnable_temp memory check_counts",
     ),
     seeds=(Range(0, 2**63 - 1), "seed seeds"),
     percents=(Range(0, 100, low_open=True, high_open=True), "level"),

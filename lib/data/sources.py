@@ -25,6 +25,8 @@ from lib.data.images import (
 from lib.data.packed import PackedTexts
 from lib.data.splits import Regions, Split, map_array
 
+CUT_SAMPLE = 2000  # dense texts whose length is counted
+UNCUT = 1 << 20  # more word pieces than any text has
 SAMPLE_STREAM = 1  # keeps the draws of the samples apart from those of the order
 
 
@@ -327,3 +329,16 @@ def _dense_ids(
 def seeded_generator(*parts: int) -> np.random.Generator:
     """Return a generator that the numbers name: the same ones draw the same values."""
     return np.random.default_rng([part % 2**32 for part in parts])
+
+
+def cut_line(name: str, texts: Sequence[str], tokenizer: Tokenizer, words: int) -> str:
+    """Return a line that says which share of dense texts is cut at `words` word pieces.
+
+    Of many texts an evenly spread sample is counted.
+    """
+    chosen = np.linspace(0, len(texts) - 1, min(len(texts), CUT_SAMPLE)).astype(int)
+    lengths = [len(tokenizer.encode(texts[row], UNCUT)) for row in chosen]
+    share = 100 * np.mean(np.array(lengths) > words)
+    of = "" if len(chosen) == len(texts) else f" of {len(chosen):,} sampled"
+    median = f"median {np.median(lengths):.0f}"
+    return f"dense texts of {name}: {share:.0f} %{of} cut at {words} word pieces, {median}"

@@ -200,6 +200,32 @@ def _region_dense(data_path: str | os.PathLike, dataset: str, split: str, images
     )
 
 
+def first_images(split: Split, count: int) -> Split:
+    """Return the first `count` images of a split with their captions; 0 stands for all.
+
+    Raises InputError where the split has fewer.
+    """
+    images = len(split.image_ids)
+    if count > images:
+        raise InputError(
+            f"the {split.name} split has {images} images, fewer than the {count} asked for"
+        )
+    return _subset(split, np.arange(images) < count, split.name) if count else split
+
+
+def first_captions(split: Split, count: int) -> Split:
+    """Return a split with the first `count` captions of each image alone; 0 stands for all."""
+    if not count:
+        return split
+    order = np.argsort(split.caption_image, kind="stable")
+    starts = np.searchsorted(split.caption_image[order], np.arange(len(split.image_ids)))
+    place = np.empty(len(order), dtype=np.int64)  # of each caption among its image's
+    place[order] = np.arange(len(order)) - starts[split.caption_image[order]]
+    kept = np.flatnonzero(place < count)
+    captions = [split.captions[index] for index in kept]
+    return replace(split, captions=captions, caption_image=split.caption_image[kept])
+
+
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
     """Return the split without `count` of its images, and those, evenly spread, as HELD_OUT.
 

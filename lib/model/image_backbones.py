@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,12 @@ def _last_hidden(backbone: nn.Module, pixels: Tensor) -> Tensor:
     """Return the last hidden state as the backbone gives it: tokens, or a map (B, width, h, w)."""
     if backbone.config.model_type == NAFLEX:
         return _of_cut_patches(backbone, pixels)
-    return backbone(pixels, **_interpolation(backbone, pixels)).last_hidden_state
+    return with_positions(backbone, pixels).last_hidden_state
+
+
+def with_positions(backbone: nn.Module, pixels: Tensor, **asked: bool) -> Any:
+    """Return the backbone's output for pixels of any size, with what else is `asked` of it."""
+    return backbone(pixels, **_interpolation(backbone, pixels), **asked)
 
 
 def _as_tokens(hidden: Tensor) -> Tensor:

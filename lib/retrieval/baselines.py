@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lib.errors import InputError
-from lib.retrieval.bootstrap import Difference, holm, paired_differences
+from lib.retrieval.bootstrap import Difference, holm, mean_interval, paired_differences
 from lib.retrieval.comparison import FinishedRun, Summary
 from lib.retrieval.metrics import QueryRanks
 from lib.retrieval.result_files import read_ranks
@@ -26,20 +26,24 @@ class Against:
 
 
 def against_baselines(
-    groups: Mapping[str, Sequence[Summary]], runs: Sequence[FinishedRun], split: str
+    groups: Mapping[str, Sequence[Summary]],
+    runs: Sequence[FinishedRun],
+    split: str,
+    named: str | None = None,
 ) -> list[Against]:
     """Return how each row differs on `split` from its protocol's best baseline.
 
-    Rows are as `by_protocol` ranks them; rows without per-query ranks, or whose ranks are of other
-    queries, are left out, and so is a protocol that has no baseline. The p values are corrected
-    (Holm 1979) over all rows returned.
+    `named` is a row that all are compared with in its place, whatever their protocol; but oracles
+    with oracles alone. Rows are as `by_protocol` ranks them; rows without per-query ranks, or whose
+    ranks are of other queries, are left out, and so is a protocol that has no baseline. The p
+    values are corrected (Holm 1979) over all rows returned.
     """
     found: list[tuple[str, str, str, Difference]] = []
     for protocol, group in groups.items():
-        best = next((one.row.name for one in group if one.row.baseline), None)
+        best, home = _baseline(groups, protocol, named)
         if best is None:
             continue
-        base = _ranks_of(runs, best, protocol, split)
+        base = _ranks_of(runs, best, home, split)
         for one in group:
             ranks = _ranks_of(runs, one.row.name, protocol, split)
             if one.row.name == best or not base or not ranks:
@@ -51,6 +55,32 @@ def against_baselines(
             found.append((protocol, one.row.name, best, rsum))
     corrected = holm([rsum.p for *_, rsum in found])
     return [Against(*one, p) for one, p in zip(found, corrected, strict=True)]
+
+
+def _baseline(
+    groups: Mapping[str, Sequence[Summary]], protocol: str, named: str | None
+) -> tuple[str | None, str]:
+    """Return the row that a protocol's rows are compared with, and the protocol of that row."""
+    if named is None:
+        best = next((one.row.name for one in groups[protocol] if one.row.baseline), None)
+        return best, protocol
+    for home, group in groups.items():
+        if (home == "oracle") == (protocol == "oracle") and named in (
+            one.row.name for one in group
+        ):
+            return named, home
+    return None, protocol
+
+
+def intervals_of(runs: Sequence[FinishedRun], split: str) -> dict[tuple[str, str], str]:
+    """Return the 95 % interval of each row's mean rSum, by protocol and row."""
+    found = {}
+    for protocol, row in dict.fromkeys((run.protocol, run.row.name) for run in runs):
+        ranks = _ranks_of(runs, row, protocol, split)
+        if ranks:
+            low, high = mean_interval(ranks, repeats=REPEATS)
+            found[protocol, row] = f"{low:.1f} to {high:.1f}"
+    return found
 
 
 def against_cells(against: Sequence[Against]) -> dict[str, dict[str, str]]:
@@ -70,12 +100,13 @@ def told_lines(against: Sequence[Against]) -> list[str]:
     ]
 
 
-def tested_facts(against: Sequence[Against]) -> list[str]:
+def differences_facts(against: Sequence[Against], named: str | None = None) -> list[str]:
     """Return what the page says of these differences; nothing where there are none."""
     if not against:
         return []
+    base = f"row {named}" if named else "the best baseline of a protocol"
     return [
-        "Differences to the best baseline of a protocol: paired bootstrap over images and seeds, "
+        f"Differences to {base}: paired bootstrap over images and seeds, "
         f"{REPEATS:,} draws, 95 % intervals; p after Holm's correction over {len(against)} rows"
     ]
 

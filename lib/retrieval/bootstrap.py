@@ -97,6 +97,22 @@ def paired_differences(
     }
 
 
+def mean_interval(
+    runs: Sequence[QueryRanks], *, repeats: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return (low, high) of the mean rSum over seeds; images and seeds are drawn as above.
+
+    Raises ValueError as `paired_differences` does.
+    """
+    _check(repeats, level)
+    if any(not _alike(runs[0], other) for other in runs[1:]):
+        raise ValueError("the results do not rank the same images and captions in the same order")
+    rng = np.random.default_rng(seed)
+    drawn = _over_seeds(recall_draws(runs, RECALL_AT, repeats, rng), rng)[:, -1]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """Return the p values corrected for their number (Holm 1979), in the order they came."""
     corrected, highest = [0.0] * len(values), 0.0

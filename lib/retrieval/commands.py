@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lib.errors import InputError
 
-TICK_SECONDS = 5.0  # how often the caller is told that a command still runs
+TICK_SECONDS = 5  # how often the caller is told that a command still runs
 
 Execute = Callable[[list[str], Path, Callable[[], None]], int]
 
 
-def executor(lock: int) -> Execute:
+def executor(
+    lock: int, stopped: threading.Event, environment: Mapping[str, str] | None = None
+) -> Execute:
     """Return what runs a command into a log; the child holds the lock as well.
 
-    A session of its own keeps Ctrl-C from reaching the child twice; it gets one SIGTERM, upon which
-    train.py saves.
+    A session of its own keeps Ctrl-C from reaching the child twice; once `stopped` is set it gets
+    one SIGTERM, upon which train.py saves. `environment` is added to this process's own.
     """
 
     def execute(command: list[str], log: Path, tick: Callable[[], None]) -> int:
@@ -36,13 +40,16 @@ def executor(lock: int) -> Execute:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=[lock],
+                env={**os.environ, **(environment or {})},
             )
             try:
                 while True:
-                    try:
-                        return process.wait(TICK_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        tick()
+                    for _ in range(TICK_SECONDS):
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            return process.wait(1)
+                        if stopped.is_set():
+                            raise KeyboardInterrupt
+                    tick()
             except BaseException:
                 process.terminate()
                 process.wait()

@@ -129,17 +129,21 @@ def markdown_table(
     splits: Sequence[str] = ("test",),
     recalls: bool = True,
     against: Mapping[str, str] | None = None,
+    intervals: Mapping[str, str] | None = None,
 ) -> str:
     """Return a markdown table, a line a row: test recalls where wanted, rSum of each split.
 
-    `against`: what each row's difference to the best baseline is, by row, where that is known.
+    `against`: what each row's difference to the baseline is, `intervals`: that of its rSum, by row,
+    where they are known.
     """
     heads = ["row", "train.py flags"]
     if recalls:
         heads += [f"{way.upper()} R@{k[1:]}" for way, k in RECALLS]
     heads += ["rSum" if len(splits) == 1 else f"{split} rSum" for split in splits]
+    if intervals:
+        heads.append("95 % interval")
     if against:
-        heads.append("rSum − best baseline")
+        heads.append("rSum − baseline")
     heads += ["parameters", "training, s", "seeds"]
     lines = [heads, ["---", "---"] + ["---:"] * (len(heads) - 2)]
     for one in summaries:
@@ -148,6 +152,8 @@ def markdown_table(
         if recalls:
             cells += [f"{one.recalls[recall]:.1f}" for recall in RECALLS]
         cells += [format_spread(*one.rsum[split]) for split in splits]
+        if intervals:
+            cells.append(intervals.get(one.row.name, "–"))
         if against:
             cells.append(against.get(one.row.name, "–"))
         cells += [f"{one.parameters:,}", f"{one.seconds:,.0f}", ", ".join(map(str, one.seeds))]
@@ -171,14 +177,16 @@ def report_page(
     splits: Sequence[str] = ("test",),
     recalls: bool = True,
     against: Mapping[str, Mapping[str, str]] | None = None,
+    intervals: Mapping[tuple[str, str], str] | None = None,
 ) -> str:
     """Return the whole markdown page: facts, a table a protocol, what is not finished.
 
-    `against`: by protocol and row, how the row differs from the protocol's best baseline.
+    `against`: by protocol and row, how the row differs from the baseline; `intervals`: of its rSum.
     """
     parts = [f"# {title}\n", "\n".join(f"- {fact}" for fact in facts) + "\n"]
     for name, group in groups.items():
-        table = markdown_table(group, splits, recalls, (against or {}).get(name))
+        own = {row: told for (protocol, row), told in (intervals or {}).items() if protocol == name}
+        table = markdown_table(group, splits, recalls, (against or {}).get(name), own)
         parts.append(f"## Protocol `{name}`: {PROTOCOLS[name]}\n\n{table}")
     if not groups:
         parts.append("No run is finished yet.\n")

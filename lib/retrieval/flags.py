@@ -42,6 +42,12 @@ def add_way_flags(group: argparse._ArgumentGroup) -> None:
         help="score only each query's N best by global embeddings (0: all); approximate",
     )
     group.add_argument(
+        "--attention_kept",
+        type=int,
+        default=0,
+        help="1: tell how much of the image encoder's own [CLS] attention lies on patches kept",
+    )
+    group.add_argument(
         "--analyse", default=None, metavar="DIR", help="write where the model fails there (CSV)"
     )
 

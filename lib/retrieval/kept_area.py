@@ -1,4 +1,4 @@
-"""How much of what a caption names lies in the patches that are kept for it."""
+"""How much of what matters in an image, as what a caption names, lies in the patches kept."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ IMAGES_AT_ONCE = 32
 
 
 @torch.inference_mode()
-def named_area_kept(
+def area_kept(
     model: Method,
     loaders: SplitLoaders,
     coverage: np.ndarray,
     device: torch.device,
     autocast: Callable,
 ) -> dict[str, float] | None:
-    """Return the mean share, 0 to 1, of each caption's named area that its kept patches hold.
+    """Return the mean share, 0 to 1, of what matters to each caption that its kept patches hold.
 
-    coverage (N_captions, L) is the share of the named area in each patch. "random" is what as many
-    patches drawn at random hold on average, "boxes" what the best choice of as many would: controls
-    below and above. None where the method keeps all patches.
+    coverage (N_captions, L) is the share of it in each patch, as of the area that a caption names,
+    or of attention. "random" is what as many patches drawn at random hold on average, "best" what
+    the best choice of as many would: controls below and above. None where the method keeps all
+    patches.
     """
     kept_area, share, best = [], [], []
     model.eval()
@@ -49,4 +50,4 @@ def named_area_kept(
         ranked = np.sort(named, axis=1)[:, ::-1].cumsum(1)
         best += ranked[np.arange(len(captions)), counts - 1].tolist()
     means = (float(np.mean(values)) for values in (kept_area, share, best))
-    return dict(zip(("kept", "random", "boxes"), means, strict=True))
+    return dict(zip(("kept", "random", "best"), means, strict=True))

@@ -18,6 +18,7 @@ from lib.retrieval.rerank import Reranked
 from lib.retrieval.result_files import RESULTS, ranks_file, write_ranks, write_results
 from lib.retrieval.tables import TABLE_WIDTH, format_table
 
+AREAS = {"named_area": "named area", "attention_kept": "[CLS] attention"}
 ECCV_NAMES = {"map_at_r": "mAP@R", "r_precision": "R-Precision", "r1": "R@1"}
 
 
@@ -113,12 +114,13 @@ def show(title: str, outcome: Outcome) -> None:
     for name, table in outcome.tables.items():
         if table["ties"]:
             say(f"{name}: {table['ties']} tied queries, counted against the model")
-    if "named_area" in facts:
-        area = facts["named_area"]
-        say(
-            f"named area kept: {area['kept']:.3f} (random patches {area['random']:.3f}, "
-            f"the best choice {area['boxes']:.3f})"
-        )
+    for key, told in AREAS.items():
+        if key in facts:
+            area = facts[key]
+            say(
+                f"{told} kept: {area['kept']:.3f} (random patches {area['random']:.3f}, "
+                f"the best choice {area['best']:.3f})"
+            )
     for note in outcome.notes:
         say(note)
 

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from lib.data.splits import load_split
+from lib.data.splits import first_captions, first_images, load_split
 from lib.errors import InputError
 
 CAPTIONS = [f"caption number {n}" for n in range(6)]
@@ -286,3 +286,23 @@ def test_refuses_file_names_without_a_mapping(root):
     (root / "f30k" / "id_mapping.json").unlink()
     write_dense(root, [{"text": "a", "file_name": "seven.jpg"}])
     refuses(root, "no dense text for 3 of 3", needs_dense=True, check_images=False)
+
+
+def test_the_first_captions_of_each_image_whatever_their_order(root):
+    write_lines(root / "f30k" / "train_ids.txt", ["9", "7", "9", "9", "7", "3"])
+    split = first_captions(load_split(root, "f30k", "train"), 2)
+    assert split.captions == [CAPTIONS[n] for n in (0, 1, 2, 4, 5)]
+    assert split.caption_image.tolist() == [0, 1, 0, 1, 2]
+    assert split.image_ids == ["9", "7", "3"]
+    assert first_captions(split, 0) is split
+
+
+def test_the_first_images_of_a_split_with_their_captions(root):
+    split = load_split(root, "f30k", "train")
+    part = first_images(split, 2)
+    assert part.captions == CAPTIONS[:4]
+    assert part.image_ids == ["7", "3"]
+    assert len(part.image_files) == 2
+    assert first_images(split, 0) is split
+    with pytest.raises(InputError, match="the train split has 3 images, fewer than the 4"):
+        first_images(split, 4)

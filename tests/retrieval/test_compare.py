@@ -28,8 +28,8 @@ from lib.retrieval.comparison import (
     summarize,
 )
 from lib.retrieval.result_files import write_results
-from tools import compare
-from tools.compare_rows import ABLATIONS, rows_of
+from tools.compare import __main__ as compare
+from tools.compare.rows import ABLATIONS, rows_of
 
 
 def table(rsum: float, protocol: str = "none") -> dict:

@@ -15,7 +15,7 @@ from lib.model.choice import PatchChoice
 from lib.model.selection import Selection, control_selection, top_k_mask
 from lib.model.slimming import image_score
 from lib.retrieval.evaluation import SplitLoaders
-from lib.retrieval.kept_area import named_area_kept
+from lib.retrieval.kept_area import area_kept
 from tests.helpers import encode, pair_inputs, tiny_model
 
 
@@ -49,10 +49,10 @@ def test_area_by_hand(monkeypatch):
         [[0.7, 0.1, 0.1, 0.1], [0.5, 0.5, 0, 0], [0, 0, 0, 1], [0.4, 0.3, 0.2, 0.1]]
     )
     # kept: image 0 caption 0: {0, 1}; 0, 1: {1, 2}; 1, 2: {3, 0}; 2, 3: {1, 2}
-    found = named_area_kept(Keeping(), loaders, coverage, torch.device("cpu"), nullcontext)
+    found = area_kept(Keeping(), loaders, coverage, torch.device("cpu"), nullcontext)
     assert found["kept"] == pytest.approx((0.8 + 0.5 + 1.0 + 0.5) / 4)
     assert found["random"] == 0.5
-    assert found["boxes"] == pytest.approx((0.8 + 1.0 + 1.0 + 0.7) / 4)
+    assert found["best"] == pytest.approx((0.8 + 1.0 + 1.0 + 0.7) / 4)
 
 
 def kept(model, images, texts):

@@ -319,3 +319,16 @@ def test_labels_that_train_can_not_use_are_told_before_training(monkeypatch):
     with pytest.raises(InputError, match="need eccv_caption"):
         parse_train([*asked, "--dataset", "coco"])
     assert parse_train([*asked[2:], "--dataset", "f30k"]).evaluate_eccv == 1  # read by nobody
+
+
+def test_a_part_of_a_split_has_an_entry_of_its_own(run, scenes_path, capsys):
+    assert evaluate(run, scenes_path) == 0
+    whole = json.loads((run / "results.json").read_text())["scenes"]
+    assert evaluate(run, scenes_path, "--first_images", "6", "--attention_kept", "1") == 0
+    tables = json.loads((run / "results.json").read_text())
+    assert tables["scenes"] == whole
+    part = tables["scenes_first6"]
+    assert (part["images"], part["captions"]) == (6, 30)
+    assert len(read_ranks(run / part["ranks"]).i2t) == 6
+    assert evaluate(run, scenes_path, "--first_images", "17") == 2
+    assert "the test split has 16 images, fewer than the 17" in capsys.readouterr().err

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lib.retrieval.comparison import FinishedRun, Row, markdown_table, summarize
 from tests.retrieval.test_compare import table
-from tools import compare
-from tools.compare_rows import pick_rows, rows_of
+from tools.compare import __main__ as compare
+from tools.compare.rows import pick_rows, rows_of
 
 
 def test_a_stage_starts_from_the_checkpoint_of_its_row_and_seed(tmp_path):

@@ -1,0 +1,189 @@
+"""tools.compare by a recipe: what it holds, tuning on dev, several runs at a time, what is kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from arguments import parse_train
+from lib.errors import InputError
+from lib.retrieval.result_files import write_results
+from tests.retrieval.test_compare import FakeRunner, table
+from tools.compare import __main__ as compare
+from tools.compare import tuning
+from tools.compare.recipe import read_recipe
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes/compare").glob("*.yaml"))
+TEXT = """
+dataset: scenes
+seeds: [0, 1]
+against: laps
+flags: {batch_size: 16, margin: 0.2}
+rows:
+  laps: {method: laps}
+  seps_plain: {method: seps, dense_side: none}
+  vse: {method: vse}
+tuning:
+  seed: 7
+  flags: {num_epochs: 1}
+  trials:
+    default: {}
+    wide: {margin: 0.4}
+looks: {images: 20, controls: [random], drawn: ["3", "5"]}
+"""
+
+
+class Runner(FakeRunner):
+    """A fake that knows of trials, of parts of a split and of pictures."""
+
+    def evaluate(self, argv: list[str], folder: Path, row: str) -> None:
+        if "--first_images" not in argv:
+            super().evaluate(argv, folder, row)
+            return
+        control = (
+            argv[argv.index("--selection_control") + 1] if argv[-2] != "--attention_kept" else ""
+        )
+        entry = {**table(90.0 if control else 100.0), "split": "test"}
+        if not control:
+            entry["attention_kept"] = {"kept": 0.625, "random": 0.5, "best": 0.875}
+        name = f"scenes_20_first20{'_' + control if control else ''}"
+        write_results(folder / "results.json", {name: entry})
+
+    def __call__(self, command: list[str], log: Path, tick) -> int:
+        if command[1] == "-m":  # the pictures
+            self.commands.append(command[2:])
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir()
+            for one in command[command.index("--image") + 1 :]:
+                (out / f"{one}_captions.png").touch()
+            return 0
+        return super().__call__(command, log, tick)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def rsums(monkeypatch) -> dict[str, float]:
+    """What dev said of a trial, by trial and row; 10 unless set."""
+    found: dict[str, float] = {}
+
+    def payload(path: Path) -> dict[str, float]:
+        return {"best_rsum": found.get(f"{path.parts[-4]}/{path.parts[-3]}", 10.0)}
+
+    monkeypatch.setattr(tuning, "read_payload", payload)
+    return found
+
+
+def test_each_row_is_tuned_alike_and_run_with_what_was_best(recipe, rsums, tmp_path):
+    rsums["wide/laps"] = 20.0
+    runner, out = Runner(), tmp_path / "out"
+    words = ["--recipe", str(recipe), "--out", str(out)]
+    assert compare.main(words, runner, lambda _: 5) == 0
+    trials = [parse_train(one[1:]) for one in runner.commands if "tuning" in str(one)]
+    assert len(trials) == 6  # three rows, two trials
+    assert {(one.seed, one.num_epochs) for one in trials} == {(7, 1)}
+    final = {
+        (one.method, one.seed): one.margin
+        for one in (parse_train(words[1:]) for words in runner.commands if words[0] == "train.py")
+        if one.seed != 7
+    }
+    expected = {"laps": 0.4, "seps": 0.2, "vse": 0.2}
+    assert final == {(name, seed): margin for name, margin in expected.items() for seed in (0, 1)}
+    page = (out / "README.md").read_text()
+    assert "| laps | 10.0 | **20.0** |" in page
+    assert "| laps | `--margin 0.4 --method laps` |" in page
+    runner.commands.clear()
+    assert compare.main(words, runner, lambda _: 5) == 0
+    assert runner.commands == []
+
+
+def test_test_is_not_looked_at_before_every_trial_is_done(recipe, rsums, tmp_path):
+    runner = Runner()
+    compare.main(["--recipe", str(recipe), "--out", str(tmp_path / "out")], runner, lambda _: 5)
+    programs = [words[0] for words in runner.commands]
+    assert programs.index("eval.py") >= 6
+    assert all("--eval" not in words for words in runner.commands)
+
+
+def test_a_row_whose_trial_failed_is_left_out(recipe, rsums, tmp_path, capsys):
+    runner, out = Runner(), tmp_path / "out"
+    runner.broken = {"laps"}
+    assert compare.main(["--recipe", str(recipe), "--out", str(out)], runner, lambda _: 5) == 1
+    assert "laps seed 7 failed" in capsys.readouterr().err
+    assert not (out / "laps").exists()
+    assert (out / "vse/seed1/results.json").exists()
+
+
+def test_what_is_kept_is_told_for_rows_that_choose(recipe, rsums, tmp_path):
+    runner, out = Runner(), tmp_path / "out"
+    assert compare.main(["--recipe", str(recipe), "--out", str(out)], runner, lambda _: 5) == 0
+    page = (out / "README.md").read_text()
+    section = page[page.index("## Patches kept") :]
+    assert "| seps_plain | 100.0 | -10.0 | 0.625 | 0.500 | 0.875 |" in section
+    assert "| vse |" not in section
+    assert (out / "laps/seed0/pictures/5_captions.png").exists()
+    assert not (out / "laps/seed1/pictures").exists()
+
+
+def test_jobs_run_at_the_same_time_but_stages_wait(recipe, tmp_path):
+    recipe.write_text(
+        "dataset: scenes\nseeds: [0]\nrows:\n  d2s_pretrain: {method: d2s, pretrain: true}\n"
+        "  d2s: {method: d2s, distill: true, weight_path: '@d2s_pretrain'}\n  vse: {method: vse}\n"
+    )
+    going, most, spans, lock = set(), [0], {}, threading.Lock()
+
+    class Slow(Runner):
+        def train(self, argv: list[str], folder: Path, row: str) -> None:
+            with lock:
+                going.add(row)
+                most[0] = max(most[0], len(going))
+            begun = time.monotonic()
+            time.sleep(0.3)
+            super().train(argv, folder, row)
+            with lock:
+                going.discard(row)
+                spans[row] = (begun, time.monotonic())
+
+    words = ["--recipe", str(recipe), "--jobs", "3", "--out", str(tmp_path / "out")]
+    assert compare.main(words, Slow(), lambda _: 5) == 0
+    assert most[0] == 2
+    assert spans["d2s"][0] >= spans["d2s_pretrain"][1]
+    assert spans["vse"][0] < spans["d2s_pretrain"][1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("dataset: scenes", "data: scenes", "data is no part of a recipe"),
+        ("against: laps", "against: scan", "scan is none of the rows"),
+        ("margin: 0.2", "margn: 0.2", "did you mean margin"),
+        ("margin: 0.4", "margin: [[1]]", "trial wide: margin"),
+        ("{images: 20,", "{image: 20,", "looks holds images"),
+        ("seeds: [0, 1]", "seeds: 3", "seeds: give whole numbers"),
+        ("rows:", "rows: [", "not YAML"),
+        ("  vse: {method: vse}", "  vse: 3", "row vse must be names with values"),
+    ],
+)
+def test_a_wrong_recipe_is_told_in_one_sentence(recipe, old, new, told):
+    recipe.write_text(TEXT.replace(old, new, 1))
+    with pytest.raises(InputError, match=r"recipe\.yaml") as error:
+        read_recipe(recipe)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_of_the_repository_parses_whole(path, tmp_path):
+    args = compare.parser().parse_args(["--recipe", str(path), "--out", str(tmp_path)])
+    comparing = compare.Comparison(args, [], Runner(), lambda _: 5)
+    assert len(comparing.runs) == len(comparing.recipe.rows) * len(comparing.recipe.seeds)
+    assert json.dumps([run.settings for run in comparing.runs])

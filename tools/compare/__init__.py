@@ -1,0 +1,1 @@
+"""Train and evaluate methods alike, and write the page of what came out."""
