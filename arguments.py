@@ -268,8 +268,9 @@ def parse_eval(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def final_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     """Return eval.py's arguments for the best checkpoint of a run that train.py has ended."""
     found = parse_eval(["--checkpoint", os.path.join(args.logger_name, "model_best.pth")])
-    of_the_model = {"method", "bert_path", "shard_size"}  # the checkpoint's own
-    shared = vars(found).keys() & vars(args).keys() - of_the_model
+    # the checkpoint's own, and a flag that means something else there
+    apart = {"method", "bert_path", "shard_size", "shards"}
+    shared = vars(found).keys() & vars(args).keys() - apart
     vars(found).update({name: getattr(args, name) for name in shared})
     return found
 

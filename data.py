@@ -58,7 +58,7 @@ HELD_OUT_IMAGES = 1000  # of the training split, where dev can't choose the chec
 def prepare_scenes(args: argparse.Namespace) -> None:
     """Draw the embedded data set, where it is asked for and not there yet."""
     if args.dataset == "scenes" and not args.precomp:
-        distributed.on_main(lambda: _draw_scenes(args))
+        distributed.once_a_host(lambda: _draw_scenes(args))
 
 
 def _draw_scenes(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from lib.errors import InputError, NonFiniteError
 from lib.program import program, run_program
 from lib.rendezvous import peers_told
 from scoring import evaluate_checkpoint, evaluate_ensemble, member_checkpoint
+from sharding import evaluate_in_shards
 
 
 @program
@@ -54,7 +55,7 @@ def evaluate_all(
     codes = []
     for checkpoint in checkpoints:
         try:
-            evaluate_checkpoint(checkpoint, args, device)
+            (evaluate_in_shards if args.shards else evaluate_checkpoint)(checkpoint, args, device)
         except (InputError, OSError, NonFiniteError) as error:
             if distributed.is_main():
                 print(f"error: {error}", file=sys.stderr)
@@ -81,7 +82,7 @@ def find_checkpoints(args: argparse.Namespace) -> list[Path]:
             f"no {args.runs}/{dataset}_*/{BEST}, and none below {args.runs}/{dataset}: train a "
             "model first, or name a --checkpoint"
         )
-    for flag in ("save_similarity", "analyse"):
+    for flag in ("save_similarity", "analyse", "shards"):
         if getattr(args, flag) and len(found) > 1:
             raise InputError(
                 f"--{flag} {getattr(args, flag)}: one place for {len(found)} runs; name one with "

@@ -25,7 +25,7 @@ from lib import distributed
 from lib.checkpoints.checkpoint import BEST, restore_model
 from lib.checkpoints.hub import checkpoint_file
 from lib.checkpoints.payloads import read_payload
-from lib.data.fingerprint import files_fingerprint, split_fingerprint
+from lib.data.fingerprint import check_same_files, files_fingerprint, split_fingerprint
 from lib.data.scenes.facts import named_coverage
 from lib.data.splits import Split, first_images, ids_in, warn_of_shared_images
 from lib.errors import InputError
@@ -85,7 +85,7 @@ def evaluate_checkpoint(
     used, the destinations before the work.
     """
     checkpoint = checkpoint_file(checkpoint)
-    _check_destinations(checkpoint.with_name(RESULTS) if checkpoint.is_file() else None, args)
+    check_destinations(checkpoint.with_name(RESULTS) if checkpoint.is_file() else None, args)
     member = open_member(checkpoint, args, device)
     rows = None if args.rerank else _row_store(member, args, device)
     started, autocast = time.perf_counter(), autocast_for(args.amp, device)
@@ -93,7 +93,7 @@ def evaluate_checkpoint(
         found = rerank_split(member.model, member.loaders, device, autocast, args.rerank)
         matrix, carried = None, found.carried
         measured = outcome.rerank_outcome(
-            member.gallery, found, args.rerank, args.recall_at, _label(args)
+            member.gallery, found, args.rerank, args.recall_at, result_label(args)
         )
     else:
         scores = score_split(member.model, member.loaders, device, autocast, store=rows)
@@ -104,11 +104,11 @@ def evaluate_checkpoint(
         "protocol": protocol_of(*carried, member.loaders.repeated_share),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    facts |= distributed.on_main(lambda: _kept_areas(member, args, device, autocast)) or {}
+    facts |= distributed.on_main(lambda: kept_areas(member, args, device, autocast)) or {}
     measured = measured.with_facts(facts)
 
     def publish() -> None:
-        _publish(str(checkpoint), checkpoint.parent, measured, args)
+        publish_tables(str(checkpoint), checkpoint.parent, measured, args)
         _publish_matrix(member.gallery, matrix, measured, args)
         if rows is not None:
             rows.discard()
@@ -125,7 +125,7 @@ def evaluate_ensemble(
     The results go into a folder of their own. Raises InputError as `evaluate_checkpoint` does.
     """
     folder = ensemble_folder(args.runs, checkpoints, BEST)
-    _check_destinations(folder / RESULTS, args)
+    check_destinations(folder / RESULTS, args)
     started, autocast = time.perf_counter(), autocast_for(args.amp, device)
     names = [str(one.parent) for one in checkpoints]
     matrices, members, stores = [], [], []
@@ -147,7 +147,7 @@ def evaluate_ensemble(
         measured.notes.append(uneven)
 
     def publish() -> None:
-        _publish(f"ensemble {folder.name}", folder, measured, args)
+        publish_tables(f"ensemble {folder.name}", folder, measured, args)
         _publish_matrix(member.gallery, matrix, measured, args)
         for store in stores:
             if store is not None:
@@ -200,7 +200,9 @@ def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device
         settings, split, tokenizer, model.dense_owner, pin, cache, features
     )
     facts = result_facts(checkpoint, model, trained, args)
-    facts |= {"data": split_fingerprint(split), "trained_on": _trained_on(payload, trained)}
+    trained_on = {"dataset": getattr(trained, "dataset", None), "data": payload.get("data")}
+    facts |= {"data": split_fingerprint(split), "trained_on": trained_on}
+    check_same_files(facts["data"])
     facts |= {"images": len(split.image_ids), "captions": len(split.captions)}
     return Member(checkpoint, model, loaders, gallery, facts, settings, split)
 
@@ -210,23 +212,30 @@ def _row_store(member: Member, args: argparse.Namespace, device: torch.device) -
 
     None where the code has changes that no commit tells: its rows could be of other code.
     """
-    facts, split = member.facts, member.split
-    if str(facts["commit"]).endswith(CHANGES):
+    if str(member.facts["commit"]).endswith(CHANGES):
         return None
+    name = f"{member.split.dataset}_{member.split.name}{result_label(args)}"
+    folder = member.checkpoint.with_name(UNFINISHED)
+    depends = made_from(member, args, device)
+    return RowStore(folder, depends, len(member.gallery.captions), name)
+
+
+def made_from(
+    member: Member, args: argparse.Namespace, device: torch.device, anywhere: bool = False
+) -> dict[str, Any]:
+    """Return what scores depend on; of image files with `anywhere` no more than names and sizes."""
+    facts, split = member.facts, member.split
     files = split.image_files if split.regions is None else [split.regions.file]
     known = "checkpoint_sha256", "data", "commit", "versions", "method"
-    made_from = {
+    return {
         **{name: facts[name] for name in known},
         "images": distributed.broadcast_value(
-            distributed.on_main(lambda: files_fingerprint(files))
+            distributed.on_main(lambda: files_fingerprint(files, anywhere))
         ),
         "device": device.type,
         "feature_cache": bool(args.feature_cache),
         **{name: getattr(args, name) for name in ROW_FLAGS},
     }
-    name = f"{split.dataset}_{split.name}{_label(args)}"
-    folder = member.checkpoint.with_name(UNFINISHED)
-    return RowStore(folder, made_from, len(member.gallery.captions), name)
 
 
 def _shared(work: Callable[[], outcome.Outcome]) -> outcome.Outcome:
@@ -237,18 +246,20 @@ def _shared(work: Callable[[], outcome.Outcome]) -> outcome.Outcome:
 def _measured(
     gallery: Gallery, matrix: Any, args: argparse.Namespace, label: str = ""
 ) -> outcome.Outcome:
-    label += _label(args)
+    label += result_label(args)
     labels = {"cxc": bool(args.evaluate_cxc), "eccv": bool(args.evaluate_eccv), "label": label}
     return outcome.matrix_outcome(gallery, matrix, args.recall_at, **labels)
 
 
-def _label(args: argparse.Namespace) -> str:
+def result_label(args: argparse.Namespace) -> str:
     """Return the end of the names of entries of a part of a split, and of those a control made."""
     part = f"_first{args.first_images}" if args.first_images else ""
     return part + (f"_{args.selection_control}" if args.selection_control else "")
 
 
-def _publish(title: str, folder: Path, measured: outcome.Outcome, args: argparse.Namespace) -> None:
+def publish_tables(
+    title: str, folder: Path, measured: outcome.Outcome, args: argparse.Namespace
+) -> None:
     outcome.show(title, measured)
     if args.save_results:
         print(f"written to {outcome.store(folder, measured)}")
@@ -283,7 +294,7 @@ def _control(model: Method, control: str | None, trained: argparse.Namespace) ->
         )
 
 
-def _kept_areas(
+def kept_areas(
     member: Member, args: argparse.Namespace, device: torch.device, autocast: Callable
 ) -> dict[str, Any]:
     """Return what the patches kept hold: of what captions name where that is known, of attention.
@@ -314,7 +325,7 @@ def _warn_of_vocabulary(model: Method, tokenizer: Any) -> None:
         warn_of_small_vocabulary(tokenizer.vocab_size, config.vocab_size, "the checkpoint")
 
 
-def _check_destinations(results: Path | None, args: argparse.Namespace) -> None:
+def check_destinations(results: Path | None, args: argparse.Namespace) -> None:
     """Raise InputError, on every rank, where rank 0 can't write what is asked for."""
 
     def check() -> None:
@@ -370,8 +381,3 @@ def _shared_facts(member: Member, args: argparse.Namespace) -> dict[str, Any]:
     """Return the facts of an ensemble that are not one member's."""
     shared = ("split", "data", "images", "captions", "flags", "commit", "versions", "date")
     return {name: member.facts[name] for name in shared}
-
-
-def _trained_on(payload: dict[str, Any], trained: argparse.Namespace) -> dict[str, Any]:
-    """Return the data set a checkpoint was trained on, with its fingerprint where it was kept."""
-    return {"dataset": getattr(trained, "dataset", None), "data": payload.get("data")}

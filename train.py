@@ -41,7 +41,7 @@ from lib.checkpoints.checkpoint import (
 )
 from lib.checkpoints.payloads import read_payload
 from lib.data.features import FeatureCache
-from lib.data.fingerprint import fingerprint_differences, split_fingerprint
+from lib.data.fingerprint import check_same_files, fingerprint_differences, split_fingerprint
 from lib.data.image_cache import ImageCache
 from lib.data.splits import Split
 from lib.errors import InputError, NonFiniteError, PeerError, WorkerError
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> bool:
     """Train from parsed arguments; return False where a signal stopped it early."""
     device = distributed.start_processes(**process_settings(args))
-    with claimed(args.logger_name):
+    with claimed(args.logger_name, args.resume, bool(args.eval)):
         distributed.on_main(lambda: _check_folder(args))  # again, now that nobody else can
         log = RunLog(args.logger_name, distributed.is_main(), tracker_names(args.report_to))
         try:
@@ -109,6 +109,7 @@ def _run(args: argparse.Namespace, device: torch.device, log: RunLog) -> bool:
         data = split_fingerprint(training)
         state = _saved_state(args, data)
         model = _model(args, tokenizer, state, start).to(device)
+    check_same_files(data)
     read = [(training, bool(args.image_augment)), (validation, False)]
     features = open_features(args, model.image_encoder, read, device, log.say)
     if training.dense is not None:

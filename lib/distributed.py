@@ -8,9 +8,13 @@ ranks, as DistributedDataParallel does, then gives the gradient of one process o
 from __future__ import annotations
 
 import gc
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +27,7 @@ from lib.errors import InputError, NonFiniteError, WorkerError
 from lib.rendezvous import environment_integer, find_place, meet, peers_told
 
 PATIENCE_SECONDS = 600.0  # how long processes wait for each other
+LATE_SECONDS = 5.0  # that a file on a network disk may be seen late
 ROWS_AT_ONCE = 256  # of a matrix that is gathered
 Value = TypeVar("Value")
 
@@ -248,12 +253,20 @@ def agree(error: Exception | None) -> None:
 
     Where one rank would raise alone, the others would wait for it for ever.
     """
-    errors = gather_values(error)
+    here = socket.gethostname()
+    found = gather_values((error, here))
     if error is not None:
         raise error
-    for first in errors:
+    for source, (first, host) in enumerate(found):
         if first is not None:
-            raise first
+            raise first if host == here else _told_from(first, source, host)
+
+
+def _told_from(error: Exception, source: int, host: str) -> Exception:
+    """Return an error of another machine with where it was: its files may not be this one's."""
+    told = f"rank {source} on {host}: {error}"
+    known = (InputError, NonFiniteError, WorkerError)
+    return next((kind(told) for kind in known if isinstance(error, kind)), OSError(told))
 
 
 @contextmanager
@@ -283,6 +296,40 @@ def on_main(work: Callable[[], Value]) -> Value | None:
             error = caught
     agree(error)
     return value
+
+
+def once_a_host(work: Callable[[], None]) -> None:
+    """Do `work` on the first rank of each machine; all raise its foreseen errors.
+
+    Rank 0's machine comes first: on a common disk the others then find it done.
+    """
+    here = socket.gethostname()
+    hosts = gather_values(here)
+    on_main(work)
+    with together():
+        if hosts[0] != here and hosts.index(here) == rank():
+            work()
+
+
+def hosts_without(folder: str | Path) -> list[str]:
+    """Return the machines that do not see what rank 0 writes into `folder`; every rank calls it."""
+    if world_size() == 1:
+        return []
+    mark = Path(folder) / broadcast_value(f".seen_{uuid.uuid4().hex}")
+    on_main(lambda: mark.touch())
+    seen = gather_values((socket.gethostname(), _appears(mark)))
+    on_main(lambda: mark.unlink(missing_ok=True))
+    return list(dict.fromkeys(host for host, there in seen if not there))
+
+
+def _appears(path: Path) -> bool:
+    """Return whether a file is there, now or within what a network disk may be behind."""
+    deadline = time.monotonic() + LATE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def broadcast_value(value: Any, source: int = 0) -> Any:

@@ -51,7 +51,7 @@ RANGES = _table(
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
         " recall_at topk nhead captions epochs repeats patches encoded loop_captions"
         " word_dim sim_dim num_regions sgr_step top limit max_new_tokens image_size concurrency"
-        " num_tokens decoder_depth lr_update jobs",
+        " num_tokens decoder_depth lr_update jobs shard_images",
     ),
     zeros=(
         Range(0, MOST),

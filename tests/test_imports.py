@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP_LEVEL = {"train", "eval", "arguments", "data", "scoring", "vocab"}
+TOP_LEVEL = {"train", "eval", "arguments", "data", "scoring", "sharding", "vocab"}
 GROUND = {
     f"lib.{name}"
     for name in """errors ranges flags memory batch config_file distributed files program

@@ -22,7 +22,7 @@ from lib.data.images import CROP_RATIO, CROP_SCALE
 from lib.data.loaders import make_loader
 from lib.data.sources import ImageFolderSource, Sample, seeded_generator
 from lib.data.workers import watched
-from lib.distributed import rank, together, world_size
+from lib.distributed import hosts_without, rank, together, world_size
 from lib.errors import InputError
 from lib.files import write_json
 
@@ -249,8 +249,14 @@ def fill_share(
     Its share is a slice of all views, not of the missing ones: while one process looks for those,
     another may write some. What goes wrong on one is raised on all.
 
-    `say` tells how many and how fast.
+    `say` tells how many and how fast. Raises InputError where some machine does not see the folder.
     """
+    unseen = hosts_without(cache.folder)
+    if unseen:
+        raise InputError(
+            f"--feature_cache {cache.folder}: {', '.join(unseen)} does not see what rank 0 writes "
+            "there; name a folder on a disk that all nodes share"
+        )
     with together():
         share = cache.missing(wanted[rank() :: world_size()])
         if share:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lib.data.shards import ShardSet
 from lib.data.splits import Split
 from lib.data.tars import shard_name
+from lib.distributed import gather_values
+from lib.errors import InputError
 
 COUNTS = ("images", "captions")
 
@@ -70,16 +73,35 @@ def fingerprint_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> 
     return found
 
 
-def files_fingerprint(paths: Iterable[str | os.PathLike]) -> dict[str, Any]:
+def check_same_files(fingerprint: Mapping[str, Any]) -> None:
+    """Raise InputError, on every rank, where a rank's data is not rank 0's: nodes may have copies.
+
+    Every rank calls it with the fingerprint of what it read.
+    """
+    found = gather_values((socket.gethostname(), fingerprint))
+    for source, (host, one) in enumerate(found):
+        differing = fingerprint_differences(found[0][1], one)
+        if differing:
+            raise InputError(
+                f"rank {source} on {host} reads other data than rank 0 on {found[0][0]}: "
+                f"{', '.join(differing)}; give every node the same files"
+            )
+
+
+def files_fingerprint(paths: Iterable[str | os.PathLike], anywhere: bool = False) -> dict[str, Any]:
     """Return how many files there are and a SHA-256 of their paths, sizes and times of change.
 
-    The contents are not read; a file that is not there counts as such.
+    Of names and sizes alone with `anywhere`: machines may have copies of their own. The contents
+    are not read; a file that is not there counts as such.
     """
     lines = []
     for path in paths:
         try:
             found = os.stat(path)
-            lines.append(f"{path} {found.st_size} {found.st_mtime_ns}")
+            name, time = path, f" {found.st_mtime_ns}"
+            if anywhere:
+                name, time = os.path.basename(path), ""
+            lines.append(f"{name} {found.st_size}{time}")
         except OSError:
             lines.append(f"{path} missing")
     return {"files": len(lines), "sha256": _digest(lines)}

@@ -178,6 +178,10 @@ class EvalLoader:
 
     def after(self, count: int) -> EvalLoader:
         """Return the loader of the same items but for the first `count`."""
+        return self.only(list(self._loader.sampler)[count:])
+
+    def only(self, indices: Sequence[int]) -> EvalLoader:
+        """Return the loader of the items that `indices` name, of the whole split, in batches."""
         old, dataset = self._loader, cast("EvalImages | EvalCaptions", self._loader.dataset)
         rest = make_loader(
             dataset,
@@ -185,7 +189,7 @@ class EvalLoader:
             old.num_workers,
             old.pin_memory,
             batch_size=old.batch_size,
-            sampler=list(old.sampler)[count:],
+            sampler=indices,
         )
         return EvalLoader(rest)
 

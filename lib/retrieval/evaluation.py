@@ -38,6 +38,9 @@ class Batches(Protocol):
     def after(self, count: int) -> Batches:
         """Return the items but for the first `count`."""
 
+    def only(self, indices: Sequence[int]) -> Batches:
+        """Return the items of the whole split that `indices` name."""
+
 
 @dataclass
 class SplitLoaders:

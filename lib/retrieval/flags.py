@@ -48,6 +48,14 @@ def add_way_flags(group: argparse._ArgumentGroup) -> None:
         help="1: tell how much of the image encoder's own [CLS] attention lies on patches kept",
     )
     group.add_argument(
+        "--shards",
+        default=None,
+        metavar="DIR",
+        help="evaluate a large gallery in files there: the same command on any number of machines "
+        "shares the work, goes on after a kill, and prints the table when all is done",
+    )
+    group.add_argument("--shard_images", type=int, default=512, help="images of a file of --shards")
+    group.add_argument(
         "--analyse", default=None, metavar="DIR", help="write where the model fails there (CSV)"
     )
 
@@ -59,9 +67,16 @@ def check_evaluation(args: argparse.Namespace) -> None:
     if args.ensemble and (args.checkpoint or args.rerank):
         other = "--checkpoint" if args.checkpoint else "--rerank"
         raise InputError(f"--ensemble and {other} don't go together: leave one out")
+    for flag in ("ensemble", "rerank"):
+        if args.shards and getattr(args, flag):
+            raise InputError(f"--shards and --{flag} don't go together: leave one out")
     for flag in ("analyse", "save_similarity", "evaluate_cxc", "evaluate_eccv"):
         if args.rerank and getattr(args, flag):
             raise InputError(f"--{flag} needs all similarities: leave out --rerank {args.rerank}")
+        if args.shards and getattr(args, flag):
+            raise InputError(
+                f"--{flag} needs all similarities, and --shards keeps ranks alone: leave one out"
+            )
 
 
 def check_labels(args: argparse.Namespace) -> None:

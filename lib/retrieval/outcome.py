@@ -54,9 +54,8 @@ def matrix_outcome(
     that is not finite, InputError where the labels do not fit.
     """
     found = split_ranks(gallery.dataset, gallery.split, gallery.caption_images, matrix)
-    tables = {name + label: ranks_table(one, recall_at) for name, one in found.items()}
-    outcome = Outcome(tables, {name + label: one for name, one in found.items()}, recall_at)
-    whole = outcome.tables[list(tables)[-1]]
+    outcome = ranks_outcome(found, recall_at, label)
+    whole = outcome.tables[list(outcome.tables)[-1]]
     of_captions = matrix, gallery.image_ids, gallery.caption_images
     if cxc:
         whole["cxc"] = cxc_metrics(*of_captions, recall_at)
@@ -64,6 +63,14 @@ def matrix_outcome(
         whole["eccv"] = eccv_metrics(*of_captions)
         outcome.notes.extend(_eccv_lines(whole["eccv"]))
     return outcome
+
+
+def ranks_outcome(
+    found: Mapping[str, QueryRanks], recall_at: Sequence[int] = RECALL_AT, label: str = ""
+) -> Outcome:
+    """Return recalls of exact ranks by name; `label` as in `matrix_outcome`."""
+    tables = {name + label: ranks_table(one, recall_at) for name, one in found.items()}
+    return Outcome(tables, {name + label: one for name, one in found.items()}, recall_at)
 
 
 def rerank_outcome(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from lib.checkpoints.checkpoint import BEST, LAST
-from lib.distributed import on_main
-from lib.errors import InputError
+from lib.distributed import gather_values, hosts_without, on_main
+from lib.errors import InputError, InputWarning
+from lib.rendezvous import environment_integer
 from lib.training.trackers import RUN_ID
 
 try:
@@ -44,7 +46,9 @@ def check_folder(folder: str | Path, resume: bool = False, overwrite: bool = Fal
 
 def _check_resumable(folder: Path) -> None:
     if not (folder / "args.json").exists():
-        raise InputError(f"--resume {folder}: no args.json there, so no run to go on with")
+        several = (environment_integer("WORLD_SIZE") or 1) > 1
+        here = f" on {socket.gethostname()}, and all nodes must see the run folder" * several
+        raise InputError(f"--resume {folder}: no args.json there{here}, so no run to go on with")
     if (folder / LAST).exists():
         return
     if (folder / BEST).exists():
@@ -88,18 +92,38 @@ def check_same_run(
 
 
 @contextmanager
-def claimed(folder: str | Path) -> Iterator[None]:
+def claimed(
+    folder: str | Path, resume: str | None = None, read_by_all: bool = False
+) -> Iterator[None]:
     """Keep other runs out of a folder, made where it is missing, while the block runs.
 
     Every rank enters it, rank 0 holds the lock, and a crash lets it go. Raises InputError on every
-    rank where another run holds it, or the folder can't be written.
+    rank where another run holds it, or the folder can't be written; or where a node does not see it
+    though all must read it, to `resume` or in the end (`read_by_all`).
     """
     file = on_main(lambda: _lock(Path(folder)))
     try:
+        _check_seen(folder, resume, read_by_all)
         yield
     finally:
         if file is not None:
             file.close()
+
+
+def _check_seen(folder: str | Path, resume: str | None, read_by_all: bool) -> None:
+    """Warn of a folder that not every node sees; InputError where every one must read it."""
+    unseen = hosts_without(folder)
+    if not unseen:
+        return
+    told = f"{folder}: {', '.join(unseen)} does not see what rank 0 writes there"
+    if read_by_all or any(gather_values(resume)):
+        raise InputError(f"{told}; put the run folder on a disk that all nodes share")
+    warnings.warn(
+        f"{told}, so --resume and torchrun's restarts will not work: better put the run folder on "
+        "a disk that all nodes share",
+        InputWarning,
+        stacklevel=3,
+    )
 
 
 def _lock(folder: Path) -> IO | None:

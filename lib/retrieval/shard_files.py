@@ -1,0 +1,155 @@
+"""Files of an evaluation in shards: arrays with facts, checksummed, written whole; its manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.batch import Tokens
+from lib.errors import InputError
+from lib.files import read_json
+from lib.retrieval.result_files import DAMAGED
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "evaluation-shards", 1
+FACTS = "facts"  # the array that holds them, as JSON
+BFLOAT16 = ":bf16"  # ends the name of an array whose bits are bfloat16, which numpy lacks
+TOLD = {  # what a manifest holds beside the data's fingerprint, in words
+    "checkpoint_sha256": "another checkpoint",
+    "data": "other captions or images",
+    "images": "other image files",
+    "commit": "another version of this code",
+    "versions": "other versions of Python or its packages",
+    "device": "another kind of device",
+}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """Write arrays and plain facts as one .npz, whole or not at all; zip keeps checksums."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays, **{FACTS: np.array(json.dumps(facts))})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Return what `write_arrays` wrote.
+
+    None where nothing is there; a damaged file is removed and counts as none: it is made anew.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(str(arrays.pop(FACTS)))
+    except FileNotFoundError:
+        return None
+    except (*DAMAGED, ValueError, KeyError, EOFError):
+        with suppress(OSError):
+            path.unlink()
+        return None
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return the facts alone of a file that is there, without reading its arrays."""
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file[FACTS]))
+
+
+# --- tokens ------------------------------------------------------------------------------------
+
+
+def token_arrays(tokens: Tokens, prefix: str = "") -> dict[str, np.ndarray]:
+    """Return features as arrays, to the bit, padding left out."""
+    plain = {"mask": tokens.mask, "local": tokens.local[tokens.mask], "cls": tokens.cls}
+    arrays = {}
+    for name, tensor in plain.items():
+        if tensor is None:
+            continue
+        tensor, ending = tensor.detach().cpu(), ""
+        if tensor.dtype == torch.bfloat16:
+            tensor, ending = tensor.contiguous().view(torch.int16), BFLOAT16
+        arrays[prefix + name + ending] = tensor.numpy()
+    for name, inner in (("dense", tokens.dense), ("fragments", tokens.fragments)):
+        if inner is not None:
+            arrays |= token_arrays(inner, f"{prefix}{name}.")
+    return arrays
+
+
+def arrays_tokens(
+    arrays: Mapping[str, np.ndarray], device: torch.device, prefix: str = ""
+) -> Tokens | None:
+    """Return the features of `token_arrays`, zeros in the place of padding; None without any."""
+    found: dict[str, Tensor] = {}
+    for name in ("mask", "local", "cls"):
+        if prefix + name in arrays:
+            found[name] = torch.from_numpy(arrays[prefix + name]).to(device)
+        elif prefix + name + BFLOAT16 in arrays:
+            bits = torch.from_numpy(arrays[prefix + name + BFLOAT16])
+            found[name] = bits.view(torch.bfloat16).to(device)
+    if not found:
+        return None
+    real, mask = found["local"], found["mask"]
+    local = real.new_zeros(*mask.shape, real.shape[-1])  # (B, N, C)
+    local[mask] = real
+    inner = {
+        name: arrays_tokens(arrays, device, f"{prefix}{name}.") for name in ("dense", "fragments")
+    }
+    return Tokens(local, mask, found.get("cls"), **inner)
+
+
+# --- the manifest ------------------------------------------------------------------------------
+
+
+def open_manifest(folder: Path, made_from: Mapping[str, Any]) -> None:
+    """Begin a folder of shards, or check that the one there is of the same.
+
+    Raises InputError where it was made from anything else, or holds something else.
+    """
+    wanted = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **made_from}))
+    path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--shards {folder}: a file of that name is there; name a folder")
+    if not path.exists():
+        if folder.exists() and any(not one.name.startswith(".") for one in folder.iterdir()):
+            raise InputError(f"--shards {folder} is there and holds other files: name a new folder")
+        _create(folder, wanted)
+    found = read_json(path)
+    if found.get("format") != FORMAT:
+        raise InputError(f"--shards: {path} is no manifest of an evaluation; name a new folder")
+    differing = [name for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        names = ", ".join(TOLD.get(name, f"another {name}") for name in differing)
+        raise InputError(
+            f"--shards {folder} was begun with {names}: give it what it was begun with, or name a "
+            "new folder"
+        )
+
+
+def _create(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest where there is none: of several processes the first one's stands."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}"
+        temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise InputError(f"--shards {folder} can't be written ({error.strerror})") from None
+    try:
+        os.link(temporary, folder / MANIFEST)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(temporary, folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
