@@ -133,6 +133,7 @@ class Tokens(Rows):
     cls: Tensor | None = None  # (B, 1, C) the image encoder's [CLS], where it has one
     dense: Tokens | None = None  # dense text that belongs to these images or captions
     fragments: Tokens | None = None  # what a method that pools made `local` of, where losses ask
+    sentence: Tensor | None = None  # (B, F) of whole texts, from an encoder that is not trained
 
     @property
     def lengths(self) -> Tensor:
@@ -159,13 +160,16 @@ class Tokens(Rows):
         """Return the rows of all parts in order, padded to the longest part."""
         width = max(part.local.shape[1] for part in parts)
         even = [part.padded(width) for part in parts]
-        cls, dense, fragments = (_field(even, name) for name in ("cls", "dense", "fragments"))
+        cls, dense, fragments, sentence = (
+            _field(even, name) for name in ("cls", "dense", "fragments", "sentence")
+        )
         return Tokens(
             local=torch.cat([part.local for part in even]),
             mask=torch.cat([part.mask for part in even]),
             cls=None if cls is None else torch.cat(cls),
             dense=None if dense is None else Tokens.cat(dense),
             fragments=None if fragments is None else Tokens.cat(fragments),
+            sentence=None if sentence is None else torch.cat(sentence),
         )
 
 

@@ -172,6 +172,7 @@ def gather_tokens(tokens: Tokens) -> Tokens:
         cls=None if even.cls is None else gather_rows(even.cls, sizes),
         dense=None if even.dense is None else gather_tokens(even.dense),
         fragments=None if even.fragments is None else gather_tokens(even.fragments),
+        sentence=None if even.sentence is None else gather_rows(even.sentence, sizes),
     )
 
 

@@ -67,8 +67,8 @@ RANGES = _table(
     ),
     reals_above_zero=(
         Range(0, low_open=True),
-        "learning_rate gumbel_tau decay_rate scan_lambda_t2i scan_lambda_i2t dist_timeout"
-        " time_limit",
+        "learning_rate match_weight gumbel_tau decay_rate scan_lambda_t2i scan_lambda_i2t"
+        " dist_timeout time_limit",
     ),
     shares=(Range(0, 1), "attention_weight token_selection_ratio sibling_share"),
     shares_above_zero=(

@@ -197,7 +197,12 @@ def test_a_method_reads_what_it_says(method):
     registry.build_model(args, VOCABULARY)
     read = vars(args)["_read"]
     assert read & registry.flags_unread(method) == set()
-    shared = {*SLIMMING_FLAGS, "attention_weight", "dense_match"}  # others are read elsewhere too
+    shared = {
+        *SLIMMING_FLAGS,
+        "attention_weight",
+        "dense_match",
+        "match_weight",
+    }  # others are read elsewhere too
     assert set(registry.get_method(method).also_reads) & shared == read & shared
 
 

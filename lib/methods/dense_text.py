@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lib.batch import Tokens
+from lib.errors import InputError
 from lib.methods.base import Method
 from lib.methods.registry import register_method
 from lib.model.alignment import DenseMatch, MatchRows
@@ -40,6 +41,14 @@ class DenseText(Method):
     @classmethod
     def wants_dense(cls, args: argparse.Namespace) -> str | None:
         return "image"
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        if args.dense_match == "sentence":
+            raise InputError(
+                "--dense_match sentence leaves dense_text nothing to train; `python -m "
+                "tools.text_baseline --encoder NAME` measures that match alone"
+            )
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> DenseText:

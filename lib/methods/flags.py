@@ -7,6 +7,7 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.flags import side_lengths
+from lib.model.alignment import DENSE_MATCHES
 
 SLIMMING_FLAGS = ("sparse_ratio", "aggr_ratio", "ratio_weight", "detach_patches")
 
@@ -20,10 +21,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_argument(
         "--dense_match",
         default="none",
-        choices=["max_mean", "mean", "none"],
+        choices=[*DENSE_MATCHES, "none"],
         help="match captions with the images' dense texts and add that to the similarity: best "
-        "words both ways; cosine of mean embeddings; not at all. dense_text, which is this match "
-        "alone, takes none for max_mean",
+        "words both ways; cosine of mean embeddings; cosine in the text encoder as it was before "
+        "training (ours); not at all. dense_text, this match alone, takes none for max_mean",
+    )
+    dense.add_argument(
+        "--match_weight", type=float, default=0.1, help="where that match's learnt weight starts"
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument(

@@ -46,8 +46,7 @@ from lib.model.slimming import (
 )
 
 SETTINGS = """embed_size shard_size sparse_ratio aggr_ratio attention_weight image_score
-ratio_weight selection gumbel_tau relevance relevance_topk dense_side dense_match"""
-DENSE_WEIGHT = 0.1  # where the learnt weight of --dense_match starts
+ratio_weight selection gumbel_tau relevance relevance_topk dense_side dense_match match_weight"""
 
 
 @dataclass
@@ -91,7 +90,7 @@ class SEPS(Method):
     NOTE: the released code has neither s^p nor eq. 5; `seps_released` is that code.
     """
 
-    also_reads = (*SLIMMING_FLAGS, "attention_weight", "dense_match")
+    also_reads = (*SLIMMING_FLAGS, "attention_weight", "dense_match", "match_weight")
 
     def __init__(
         self,
@@ -113,6 +112,7 @@ class SEPS(Method):
         relevance_topk: int = 5,
         dense_side: str = "image",
         dense_match: str = "none",
+        match_weight: float = 0.1,
         detach_patches: bool = False,
     ) -> None:
         owner = dense_owner(dense_side, dense_match)
@@ -136,7 +136,7 @@ class SEPS(Method):
         self.dense_gradient = dense_match != "none"
         self.dense_match = None
         if dense_match != "none":
-            self.dense_match = DenseMatch(dense_match, initial_weight=DENSE_WEIGHT)
+            self.dense_match = DenseMatch(dense_match, match_weight, text_encoder)
         self.word_relevance = Relevance(relevance, relevance_topk)
         self.token_relevance = Relevance(relevance, relevance_topk)
 

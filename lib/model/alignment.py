@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, normalize, pad, softplus
 
 from lib.batch import Rows, Tokens
+from lib.errors import InputError
+from lib.model.encoders import TextEncoder
+from lib.model.gru import GRUTextEncoder
 
 NEGATIVE_SLOPE = 0.1
+DENSE_MATCHES = ("max_mean", "mean", "sentence")
 
 
 def best_matches(affinity: Tensor, token_mask: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,21 +171,32 @@ class DenseMatch(nn.Module):
     """How well dense texts fit captions, word against word: (b_v, b_t), SPEC 4.2.
 
     `max_mean`: mean over caption words of the best dense word's cosine + mean over dense words of
-    the best caption word's; `mean`: cosine of the two mean embeddings. With `initial_weight` the
-    term is multiplied by a learnt weight softplus(`raw_weight`) >= 0 that starts there.
+    the best caption word's; `mean`: cosine of the two mean embeddings; `sentence`: cosine of what
+    the text encoder said of each before training (`Tokens.sentence`), ours. With `initial_weight`
+    the term is multiplied by a learnt weight softplus(`raw_weight`) >= 0 that starts there.
+    `text_encoder` makes the tokens; for `sentence` it is told to keep what it needs.
     """
 
-    def __init__(self, kind: str, initial_weight: float | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        initial_weight: float | None = None,
+        text_encoder: TextEncoder | GRUTextEncoder | None = None,
+    ) -> None:
         super().__init__()
-        if kind not in ("max_mean", "mean"):
-            raise ValueError(f"unknown dense match {kind!r}; known: max_mean, mean")
+        if kind not in DENSE_MATCHES:
+            raise ValueError(f"unknown dense match {kind!r}; known: {', '.join(DENSE_MATCHES)}")
         self.kind = kind
+        if kind == "sentence":
+            _keep_sentences(text_encoder)
         self.raw_weight = None
         if initial_weight is not None:
             self.raw_weight = nn.Parameter(torch.tensor(math.log(math.expm1(initial_weight))))
 
     def prepare(self, texts: Tokens) -> MatchRows:
         """Return what the term needs of dense texts or of captions, a row each."""
+        if self.kind == "sentence":
+            return MatchRows(normalize(texts.sentence, dim=-1))
         if self.kind == "mean":
             # at least float32: half precision would round many cosines to ties
             words = texts.local.to(torch.promote_types(texts.local.dtype, torch.float32))
@@ -194,10 +209,19 @@ class DenseMatch(nn.Module):
         return match if self.raw_weight is None else softplus(self.raw_weight) * match
 
     def _match(self, dense: MatchRows, captions: MatchRows) -> Tensor:
-        if self.kind == "mean":
+        if self.kind in ("mean", "sentence"):
             with torch.autocast(dense.unit.device.type, enabled=False):
                 return dense.unit @ captions.unit.T  # (b_v, b_t)
         cosines = torch.einsum("vnc,tmc->vtnm", dense.unit, captions.unit)
         cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
         masks = dense.mask[:, None], captions.mask
         return mean_of_best(*best_matches(cosines, *masks), *masks)
+
+
+def _keep_sentences(encoder: TextEncoder | GRUTextEncoder | None) -> None:
+    if not isinstance(encoder, TextEncoder):
+        raise InputError(
+            "--dense_match sentence needs a text encoder that knows something before training: "
+            "give --text_encoder bert"
+        )
+    encoder.keep_sentences()

@@ -29,6 +29,7 @@ from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
 from lib.model.lora import add_lora
 from lib.model.preprocessing import Preprocessing, choose_preprocessing
+from lib.model.sentence import SentenceEncoder
 from lib.model.text_backbones import most_positions, text_hidden
 from lib.model.timm_backbones import PREFIX, TimmConfig, build_timm, timm_preprocessing
 
@@ -163,6 +164,11 @@ class TextEncoder(_Freezable):
         freeze_unreached(backbone, text_hidden(backbone, unread, unread > 0, pad_id))
         self.frozen = False
         self.proj = _projection(self.width, embed_size)
+        self.sentence: SentenceEncoder | None = None
+
+    def keep_sentences(self) -> None:
+        """Hand out a `Tokens.sentence` too: what the backbone as it is now says of a whole text."""
+        self.sentence = SentenceEncoder(self.backbone, self.pad_id)
 
     def config(self) -> dict:
         """Return what `EncoderSource.text_config` rebuilds the encoder from, JSON-able."""
@@ -175,7 +181,8 @@ class TextEncoder(_Freezable):
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tokens:
         mask = length_mask(lengths, ids.shape[1])
-        return Tokens(self.proj(self.hidden(ids, mask)), mask)
+        sentence = None if self.sentence is None else self.sentence(ids, mask)
+        return Tokens(self.proj(self.hidden(ids, mask)), mask, sentence=sentence)
 
 
 class RegionEncoder(nn.Module):

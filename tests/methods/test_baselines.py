@@ -213,7 +213,7 @@ def test_a_mixed_protocol_is_refused():
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="known: max_mean, mean"):
+    with pytest.raises(ValueError, match="known: max_mean, mean, sentence"):
         DenseMatch("median")
     with pytest.raises(ValueError, match="known: gpo, mean"):
         tiny_model("vse", vse_pool="median")

@@ -111,7 +111,9 @@ def gather_worker(rank: int, port: int, results) -> None:
     distributed.start("gloo")
     rows = torch.full((rank + 1, 2 + rank, 3), float(rank)).requires_grad_()
     mask = torch.ones(rank + 1, 2 + rank, dtype=torch.bool)
-    gathered = distributed.gather_tokens(Tokens(rows, mask))
+    sentence = torch.full((rank + 1, 4), float(rank))
+    gathered = distributed.gather_tokens(Tokens(rows, mask, sentence=sentence))
+    assert gathered.sentence[:, 0].tolist() == [0.0, 1.0, 1.0]
     weights = torch.arange(1.0, 4.0)[:, None, None]
     (gathered.local * weights * (1 + rank)).sum().backward()
     results[rank] = (gathered.local.detach().numpy(), gathered.mask.numpy(), rows.grad.numpy())
