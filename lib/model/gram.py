@@ -107,10 +107,13 @@ class PairTokens:
     def _built(self) -> list[tuple[Tensor, Tensor]]:
         """The sums themselves, (B_v, T, N, C), and their norms (B_v, T, N), at least float32."""
         built = []
-        for one in self.sums:
-            # divided first: half precision has no room for weights that still await it
-            flat = one.scaled(one.weights).flatten(1, 2).to(self.patches.dtype)  # (B_v, T·N, L)
-            tokens = (flat @ self.patches).unflatten(1, one.weights.shape[1:3])
+        # divided first: half precision has no room for weights that still await it
+        weights = [one.scaled(one.weights) for one in self.sums]
+        if not torch.is_grad_enabled():
+            weights = [torch.cat(weights, 2)]  # one product; a graph would keep the copy
+        for one in weights:
+            flat = one.flatten(1, 2).to(self.patches.dtype)  # (B_v, T·N, L)
+            tokens = (flat @ self.patches).unflatten(1, one.shape[1:3])
             wide = torch.promote_types(tokens.dtype, torch.float32)
             norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=wide)
             built.append((tokens, norms.clamp(min=SMALLEST_NORM)))

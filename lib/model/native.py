@@ -35,12 +35,20 @@ class _Call(ctypes.Structure):
     ]
 
 
-def direct_pays(words: Tensor, tokens: int, sources: int, channels: int, k: int) -> Tensor:
-    """Return for each number of words of a caption whether the direct form is the faster one."""
+def direct_pays(
+    words: Tensor, tokens: int, sources: int, channels: int, k: int, making: float = 0.0
+) -> Tensor:
+    """Return for each number of words of a caption whether the direct form is the faster one.
+
+    `making` is the price of a Gram matrix that is yet to be made: few captions are not worth it.
+    """
     per_word = sources * channels + SUM_COST * tokens * k
     gram = per_word * words + NORM_COST * tokens * k * k / 2
     whole = (words + PANEL - 1) // PANEL * PANEL
-    return tokens * channels * (BUILD_COST * k + whole) < gram
+    direct = tokens * channels * (BUILD_COST * k + whole)
+    if direct.sum() < torch.minimum(direct, gram).sum() + making:
+        return torch.ones_like(words, dtype=torch.bool)
+    return direct < gram
 
 
 def matches(
@@ -62,13 +70,13 @@ def matches(
     """
     tops = logits.amax(2, keepdim=True)
     apart = logits.numel() and float((tops - logits).amax())
-    gram = patches @ patches.transpose(1, 2) if gram is None else gram
+    k = min(k, patches.shape[1])
+    direct, gram = _forms(patches, fixed, added, word_mask, logits.shape[1], k, gram)
     if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words, fixed, added, gram):
         return None
     unit = normalize(fixed, dim=-1, eps=SMALLEST_NORM)
     rows = torch.cat([patches, unit] if added is None else [patches, added, unit], 1)
     weighed = _weighed(logits - tops, patches, added)
-    k = min(k, patches.shape[1])
     sizes = {
         "images": len(patches),
         "captions": len(words),
@@ -89,13 +97,31 @@ def matches(
         "rows": rows,
         "word_rows": words,
         "word_mask": word_mask,
-        "direct": direct_pays(word_mask.sum(1), sizes["tokens"], rows.shape[1], rows.shape[2], k),
+        "direct": direct,
         "fixed_mask": fixed_mask,
         "for_words": scores.new_empty(*scores.shape[:2], words.shape[1]),
         "for_tokens": scores.new_empty(*scores.shape[:2], logits.shape[1] + 1 + fixed.shape[1]),
     }
     _run(sizes, {key: one if one is None else one.contiguous() for key, one in tensors.items()})
     return tensors["for_words"], tensors["for_tokens"]
+
+
+def _forms(
+    patches: Tensor,
+    fixed: Tensor,
+    added: Tensor | None,
+    word_mask: Tensor,
+    tokens: int,
+    k: int,
+    gram: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return which captions are scored directly, bool (T,), and the Gram matrix if one is read."""
+    making = 0.0 if gram is not None else float(patches.shape[1] ** 2 * patches.shape[2])
+    sources = sum(one.shape[1] for one in (patches, added, fixed) if one is not None)
+    direct = direct_pays(word_mask.sum(1), tokens, sources, patches.shape[2], k, making)
+    if gram is None and not direct.all():
+        gram = patches @ patches.transpose(1, 2)
+    return direct, gram
 
 
 def _weighed(logits: Tensor, patches: Tensor, added: Tensor | None) -> dict[str, Tensor | None]:

@@ -92,7 +92,7 @@ static void prepare_image(const Call *call, int64_t number, Image *image) {
     int64_t added = call->cross ? call->tokens : 0;
     image->fixed = rows + (n + added) * channels;
     image->peaks = call->peaks + number * n * width;
-    image->gram = call->gram + number * n * n;
+    image->gram = call->gram ? call->gram + number * n * n : NULL;
     image->cross = call->cross ? call->cross + number * n * width : NULL;
     image->squares = call->cross ? call->squares + number * call->tokens : NULL;
     image->fixed_mask = call->fixed_mask + number * call->fixed;

@@ -14,7 +14,7 @@ typedef struct {
     int64_t fused_counts;      /* whether words see the zero of a fused token that drops nothing */
     const float *scores;       /* (images, captions, patches) */
     const float *peaks;        /* (images, patches, width): exp(logit - top), padded with zeros */
-    const float *gram;         /* (images, patches, patches) */
+    const float *gram;         /* (images, patches, patches), NULL where all is direct */
     const float *cross;        /* (images, patches, width) with the added tokens, or NULL */
     const float *squares;      /* (images, tokens) of the added tokens */
     const float *rows;         /* (images, sources, channels) */

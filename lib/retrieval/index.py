@@ -64,6 +64,11 @@ class Part:
         return f"part{self.number}of{self.count}"
 
 
+def entry_line(picture: Picture) -> str:
+    """Return the line of a picture in a shard's entries.jsonl."""
+    return json.dumps(asdict(picture)) + "\n"
+
+
 def find_pictures(folder: Path) -> dict[str, os.stat_result]:
     """Return every picture file under `folder` by its path in it; hidden ones are left out."""
     found = {}
@@ -154,10 +159,14 @@ class PictureIndex:
         """Read which shards there are, and which of their rows count."""
         pattern = sorted((self.folder / SHARDS).glob("*-part*of*"))
         self.shards = [path.name for path in pattern if SHARD_NAME.fullmatch(path.name)]
+        for removed in self._open.keys() - set(self.shards):
+            self._open.pop(removed).close()
         places: dict[str, tuple[Picture, int, int]] = {}
+        self._entries_of = np.zeros(len(self.shards), dtype=np.int64)
         self.rows_on_disk = 0
         for number, shard in enumerate(self.shards):
             for row, picture in enumerate(self._entries(shard)):
+                self._entries_of[number] += 1
                 self.rows_on_disk += not picture.gone
                 if picture.gone:
                     places.pop(picture.path, None)
@@ -200,13 +209,17 @@ class PictureIndex:
     @cached_property
     def vectors(self) -> np.ndarray:
         """The global vectors of all pictures, (N, D) float32."""
-        dimension = int(self.manifest["dimension"])
-        found = np.empty((len(self), dimension), dtype=np.float32)
-        for number in np.unique(self.shard_of):
-            mine = np.flatnonzero(self.shard_of == number)
+        return self.vectors_of(np.arange(len(self)))
+
+    def vectors_of(self, pictures: np.ndarray) -> np.ndarray:
+        """Return the global vectors of some pictures, (P, D) float32, read from disk."""
+        found = np.empty((len(pictures), int(self.manifest["dimension"])), dtype=np.float32)
+        numbers = self.shard_of[pictures]
+        for number in np.unique(numbers):
+            mine = np.flatnonzero(numbers == number)
             path = self.folder / SHARDS / self.shards[number] / "vectors.npy"
             try:
-                found[mine] = np.load(path)[self.row_of[mine]]
+                found[mine] = np.load(path)[self.row_of[pictures[mine]]]
             except (OSError, ValueError, IndexError) as error:
                 raise InputError(
                     f"{path} can't be read ({error}); remove its folder and index again"
@@ -231,12 +244,27 @@ class PictureIndex:
             whole[mine] = part
         return whole
 
+    def reading_order(self, pictures: np.ndarray) -> np.ndarray:
+        """Return the places in `pictures` in the order in which their records lie on disk."""
+        return np.lexsort((self.row_of[pictures], self.shard_of[pictures]))
+
+    def prefetch(self, pictures: np.ndarray) -> None:
+        """Have the system read the records of some pictures, all at once, while others are used."""
+        numbers = self.shard_of[pictures]
+        for number in np.unique(numbers):
+            self._file(self.shards[number]).prefetch(self.row_of[pictures[numbers == number]])
+
     def _file(self, shard: str) -> RecordFile:
         if shard not in self._open:
             if len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
             self._open[shard] = RecordFile(self.folder / SHARDS / shard / "records.npy")
         return self._open[shard]
+
+    def superseded_shards(self) -> list[str]:
+        """Return the shards that hold an entry which no picture needs any more, oldest first."""
+        live = np.bincount(self.shard_of, minlength=len(self.shards))
+        return [self.shards[one] for one in np.flatnonzero(live < self._entries_of)]
 
     @property
     def state(self) -> str:
@@ -268,8 +296,11 @@ class PictureIndex:
 
     def add_shard(
         self, part: Part, pictures: Sequence[Picture], vectors: np.ndarray, records: np.ndarray
-    ) -> None:
-        """Write a shard, whole or not at all; entries that are gone come last, without rows."""
+    ) -> Path:
+        """Write a shard, whole or not at all; entries that are gone come last, without rows.
+
+        Return its folder.
+        """
         shards = self.folder / SHARDS
         shards.mkdir(exist_ok=True)
         # a shard that is here already or is being written: a later one must sort behind it
@@ -279,7 +310,7 @@ class PictureIndex:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            lines = "".join(json.dumps(asdict(one)) + "\n" for one in pictures)
+            lines = "".join(map(entry_line, pictures))
             (temporary / "entries.jsonl").write_text(lines, encoding="utf-8")
             if len(vectors):
                 np.save(temporary / "vectors.npy", vectors.astype(np.float32))
@@ -288,11 +319,20 @@ class PictureIndex:
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        return shards / name
+
+    @property
+    def writers_lock(self) -> Path:
+        """The file that every writer holds, and a compaction holds alone."""
+        return self.folder / ".writers.lock"
 
     @contextmanager
     def writing(self, part: Part) -> Iterator[None]:
         """Hold this part of the index; raises InputError where another process does."""
-        with open(self.folder / f".{part.name}.lock", "w") as lock:
+        with (
+            open(self.folder / f".{part.name}.lock", "w") as lock,
+            open(self.writers_lock, "w") as shared,
+        ):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -300,6 +340,7 @@ class PictureIndex:
                     f"another process is indexing {part.number}/{part.count} of {self.folder}: "
                     "wait for it, or give each process its own --part i/n"
                 ) from None
+            fcntl.flock(shared, fcntl.LOCK_SH)  # waits for a compaction
             for left in (self.folder / SHARDS).glob(f".*-{part.name}.writing"):
                 shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             yield

@@ -60,7 +60,8 @@ def pack(tensors: dict[str, Tensor], store: str, channels: int) -> np.ndarray:
         else:
             arrays[name] = _half(values, name)
     kinds = [(name, one.dtype, one.shape[1:]) for name, one in arrays.items()]
-    records = np.empty(len(next(iter(arrays.values()))), dtype=kinds)
+    # aligned, so that PyTorch reads a field where it lies
+    records = np.empty(len(next(iter(arrays.values()))), dtype=np.dtype(kinds, align=True))
     for name, one in arrays.items():
         records[name] = one
     return records
@@ -92,7 +93,7 @@ def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
         fields = [part.dtype[name] for part in parts]
         shape = tuple(max(sides) for sides in zip(*(one.shape for one in fields), strict=True))
         kinds.append((name, fields[0].base, shape))
-    dtype = np.dtype(kinds)
+    dtype = np.dtype(kinds, align=True)
     if all(part.dtype == dtype for part in parts):
         return np.concatenate(parts)
     whole = np.zeros(sum(map(len, parts)), dtype=dtype)
@@ -112,12 +113,17 @@ def unpack(records: np.ndarray) -> dict[str, Tensor]:
     for name in records.dtype.names:
         if name.endswith(SCALE):
             continue
-        values = torch.from_numpy(np.ascontiguousarray(records[name]))
+        values = _tensor(records[name])
         if name + SCALE in records.dtype.names:
-            scale = torch.from_numpy(np.ascontiguousarray(records[name + SCALE]))
-            values = values.float() * scale.float()
-        tensors[name] = values.float() if values.is_floating_point() else values
+            values = values.float() * _tensor(records[name + SCALE]).float()
+        tensors[name] = values.float() if values.is_floating_point() else values.contiguous()
     return tensors
+
+
+def _tensor(field: np.ndarray) -> Tensor:
+    """Return a field as a tensor on the same memory, or on a copy where it lies unevenly."""
+    even = all(stride % field.itemsize == 0 for stride in field.strides)
+    return torch.from_numpy(field if even else np.ascontiguousarray(field))
 
 
 class RecordFile:
@@ -127,21 +133,42 @@ class RecordFile:
         self.path = path
         self._map: np.memmap | None = None
 
-    def take(self, rows: Sequence[int]) -> np.ndarray:
+    def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return copies of some records. Raises InputError where the file is damaged."""
-        if self._map is None:
-            try:
-                self._map = np.lib.format.open_memmap(self.path, mode="r")
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"{self.path} can't be read ({error}); remove its folder and index again"
-                ) from None
-        taken = self._map[np.asarray(rows)]
-        raw = getattr(self._map, "_mmap", None)
-        if raw is not None and hasattr(mmap, "MADV_DONTNEED"):
-            raw.madvise(mmap.MADV_DONTNEED)  # stays in the system's cache, not in this process
+        records = self._records()
+        taken = records[np.asarray(rows)]
+        self._advise("MADV_DONTNEED")  # stays in the system's cache, not in this process
         return np.asarray(taken)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Have the system read some records, all at once, before they are taken one by one."""
+        records = self._records()
+        size = records.dtype.itemsize
+        firsts = records.offset % mmap.ALLOCATIONGRANULARITY + rows * size
+        firsts -= firsts % mmap.PAGESIZE
+        for first in firsts.tolist():
+            self._advise("MADV_WILLNEED", first, size + mmap.PAGESIZE)
 
     def close(self) -> None:
         """Give the map back; the next `take` makes it anew."""
         self._map = None
+
+    def _records(self) -> np.memmap:
+        if self._map is None:
+            try:
+                self._map = np.lib.format.open_memmap(self.path, mode="r")
+            except FileNotFoundError:
+                raise InputError(
+                    f"{self.path} is gone, the index was changed meanwhile: open it again"
+                ) from None
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{self.path} can't be read ({error}); remove its folder and index again"
+                ) from None
+        return self._map
+
+    def _advise(self, advice: str, *where: int) -> None:
+        """Tell the system of the map, where both know the advice."""
+        raw = getattr(self._map, "_mmap", None)
+        if raw is not None and hasattr(mmap, advice):
+            raw.madvise(getattr(mmap, advice), *where)

@@ -20,7 +20,7 @@ from lib.retrieval.vectors import QueryMap, fit_query_map, image_vectors, text_f
 
 SHORTLIST = 256
 SHARD_PICTURES = 512
-RERANKED_AT_ONCE = 64
+RERANKED_AT_ONCE = 8  # pictures read and scored at once: what they hold stays in the caches
 FITTED_ON = 256  # pictures; more than that are needed for a shortlist to leave any out
 QUERY_MAP = "query_map.npy"
 
@@ -180,7 +180,7 @@ class Searcher:
     def find(self, batch: Batch, top: int = 10, shortlist: int = SHORTLIST) -> list[Hit]:
         """Return the best pictures for a caption: the shortlist's, by exact similarity."""
         texts, vector = self.encode_text(batch)
-        candidates = self._nearest(vector, shortlist)
+        candidates = self.nearest(vector, shortlist)
         return self._hits(candidates, self.exact(candidates, texts))[:top]
 
     @torch.inference_mode()
@@ -192,11 +192,14 @@ class Searcher:
     def similarity(self, pictures: np.ndarray, texts: Tokens) -> np.ndarray:
         """Return the similarity of pictures with captions, (P, T), from the stored records."""
         captions = self.model.bucketed(texts)
-        scores = [np.empty((0, len(texts)), dtype=np.float32)]
+        scores = np.empty((len(pictures), len(texts)), dtype=np.float32)
+        order = self.index.reading_order(pictures)
+        self.index.prefetch(pictures[order])
         for first in range(0, len(pictures), RERANKED_AT_ONCE):
-            images = self.images(pictures[first : first + RERANKED_AT_ONCE])
-            scores.append(self.model.prepared_maps(images, captions)["similarity"].float().cpu())
-        return np.concatenate(scores)
+            rows = order[first : first + RERANKED_AT_ONCE]
+            images = self.images(pictures[rows])
+            scores[rows] = self.model.prepared_maps(images, captions)["similarity"].float().cpu()
+        return scores
 
     def fit(self, captions: Batch) -> None:
         """Learn which pictures to shortlist from exact similarities of captions; kept on disk."""
@@ -221,7 +224,7 @@ class Searcher:
         """Return the pictures whose global vectors lie nearest to an image's, by cosine."""
         tokens = self.model.encode_image_batch(image.to(self.device))
         vector = image_vectors(tokens, matches_dense(self.model)).cpu().numpy()
-        candidates = self._nearest(vector, top)
+        candidates = self.nearest(vector, top)
         vectors = self.index.vectors[candidates]
         norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(vector)
         return self._hits(candidates, vectors @ vector[0] / norms)
@@ -243,7 +246,7 @@ class Searcher:
     def kept(self, batch: Batch, top: int = 10, others: int = 1000, seed: int = 0) -> Kept:
         """Return how many of the exact `top` the shortlist held, on a sample of the others."""
         texts, vector = self.encode_text(batch)
-        candidates = self._nearest(vector, SHORTLIST)
+        candidates = self.nearest(vector, SHORTLIST)
         left = np.setdiff1d(np.arange(len(self.index)), candidates)
         sample = np.random.default_rng(seed).permutation(left)[:others]
         inside, outside = self.exact(candidates, texts), self.exact(sample, texts)
@@ -251,7 +254,8 @@ class Searcher:
         best = np.argsort(-np.concatenate([inside, outside]), kind="stable")[:top]
         return Kept(top, int((best < len(inside)).sum()), len(sample), len(left))
 
-    def _nearest(self, vector: np.ndarray, count: int) -> np.ndarray:
+    def nearest(self, vector: np.ndarray, count: int) -> np.ndarray:
+        """Return the numbers of the pictures that a query (1, D) of the shortlist finds."""
         found = self.shortlist.search(vector, count)[0]
         return found[found >= 0]
 
