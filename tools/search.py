@@ -18,6 +18,7 @@ from lib.errors import InputError
 from lib.files import text_lines
 from lib.flags import Parser
 from lib.program import program, run_program
+from lib.retrieval.compaction import DEAD_AT_MOST, compact
 from lib.retrieval.index import Part, PictureIndex, Plan, find_pictures, merge_indices
 from lib.retrieval.records import STORES
 from lib.retrieval.search import QUERY_MAP, SHORTLIST, Hit, Searcher, fill_index, vector_dimension
@@ -77,6 +78,12 @@ def _add_index(one: argparse.ArgumentParser) -> None:
     one.add_argument("--store", default="float16", choices=STORES, help="patch features")
     _add_shortlist(one)
     one.add_argument(
+        "--compact",
+        action="store_true",
+        help="give back the room of every changed or deleted picture; else from "
+        f"{100 * DEAD_AT_MOST:.0f}%% of the rows on",
+    )
+    one.add_argument(
         "--part",
         default=None,
         metavar="i/n",
@@ -132,7 +139,12 @@ def index(args: argparse.Namespace) -> None:
 
 
 def finish(found: PictureIndex, opened: Opened, args: argparse.Namespace) -> None:
-    """Build the shortlist, and fit it to captions where some are at hand."""
+    """Give back superseded rows, build the shortlist, fit it to captions where some are at hand."""
+    dropped = compact(found, 0.0 if getattr(args, "compact", False) else DEAD_AT_MOST)
+    if dropped is None:
+        print("another process writes to the index: superseded rows stay until a later time")
+    elif dropped:
+        print(f"the rows of {dropped} changed or deleted pictures were given back")
     shortlist = saved_shortlist(found, args.faiss)
     print(f"{len(found)} pictures in {found.folder}, shortlist {shortlist.kind}")
     fitted = (found.folder / QUERY_MAP).exists() and not args.captions

@@ -89,6 +89,27 @@ def test_new_changed_and_deleted_files(photos, seps_checkpoint, tmp_path, capsys
     assert "0 new pictures, 0 changed, 0 deleted, 12 unchanged" in capsys.readouterr().out
 
 
+def test_rows_of_changed_pictures_are_given_back(photos, seps_checkpoint, tmp_path, capsys):
+    out, names = tmp_path / "index", sorted(find_pictures(photos))
+    index(photos, seps_checkpoint, out)
+    wanted = searched(capsys, out, QUERY, "--top", "20")[:12]
+
+    def changed(count: int, *flags) -> str:
+        before = [(photos / name).read_bytes() for name in names[:count]]
+        for way in (before[::-1], before):
+            for name, content in zip(names, way, strict=False):
+                (photos / name).write_bytes(content + b"\0" * (way is not before))
+            assert index(photos, seps_checkpoint, out, *flags) == 0
+        return capsys.readouterr().out
+
+    assert "given back" not in changed(2)  # 4 rows of 16 are dead
+    assert PictureIndex.open(out).rows_on_disk == 16
+    assert "the rows of 6 changed or deleted pictures were given back" in changed(2)
+    assert "given back" in changed(1, "--compact")
+    assert PictureIndex.open(out).rows_on_disk == 12
+    assert searched(capsys, out, QUERY, "--top", "20")[:12] == wanted
+
+
 def test_a_broken_picture_is_named_and_skipped(photos, seps_checkpoint, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
     assert index(photos, seps_checkpoint, tmp_path / "index") == 0
