@@ -39,8 +39,10 @@ READING = {  # what `data.read_split` and its loaders read, for checkpoints that
 }
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --checkpoint, and what official checkpoints need beside it."""
+def add_checkpoint_flags(
+    parser: argparse.ArgumentParser, required: bool = True, device: bool = True
+) -> None:
+    """Add --checkpoint, what official checkpoints need beside it, and unless told not --device."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint",
@@ -50,8 +52,9 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True)
     group.add_argument("--method", default=None, help="of an official checkpoint")
     group.add_argument("--vit_path", default=None, help="folder with the image config.json")
     group.add_argument("--bert_path", default=None, help="folder with BERT's config and vocabulary")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    group.add_argument("--device", default=device, help="cpu, cuda or cuda:N")
+    if device:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        group.add_argument("--device", default=best, help="cpu, cuda or cuda:N")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Measure: python -m tools.benchmark similarity|step|evaluate|input|scale."""
+"""Measure: python -m tools.benchmark similarity|step|evaluate|input|scale|search|photos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from pathlib import Path
 from lib.files import check_destination, write_json
 from lib.flags import Parser
 from lib.program import program, run_program
-from tools.benchmark import evaluate, input, lengths, report, scale, similarity, step
+from tools.benchmark import (
+    evaluate,
+    input,
+    lengths,
+    photos,
+    report,
+    scale,
+    search,
+    similarity,
+    step,
+)
 from tools.benchmark.measure import torch_device
 
 COMMANDS = {
@@ -24,6 +34,8 @@ COMMANDS = {
     "evaluate": evaluate,
     "input": input,
     "scale": scale,
+    "search": search,
+    "photos": photos,
     "lengths": lengths,
 }
 
