@@ -18,6 +18,8 @@ from lib.model.encoders import ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss, ratio_loss
 from lib.model.slimming import LapsNetwork, SlimmedImages, TextSummary, summarise_text
 
+OF_CAPTION = "cosine with the caption"  # a part of a patch's score
+
 
 class LapsFamily(Method):
     """What LAPS, the released SEPS and improved LAPS share: one `LapsNetwork` and its ratio loss.
@@ -113,7 +115,7 @@ class LapsFamily(Method):
         prepared, embeddings = self.prepare_images(images), self.prepare_texts(texts).embedding
         scores, kept = self.network.select(prepared, embeddings)
         own = prepared.own[:, None].expand_as(scores)
-        parts = {"cosine with the image": own, "cosine with the caption": scores - own}
+        parts = {"cosine with the image": own, OF_CAPTION: scores - own}
         return PatchChoice({"sparse": kept}, {"sparse": scores, **parts})
 
     def losses(self, images: Tokens, texts: Tokens, image_ids: Tensor) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lib.batch import Tokens, length_mask
 from lib.methods import pairs
-from lib.methods.laps_family import LapsFamily
+from lib.methods.laps_family import OF_CAPTION, LapsFamily
 from lib.methods.registry import register_method
+from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource
 from lib.model.losses import AlignmentLoss
 from lib.model.slimming import SlimmedImages
@@ -65,6 +66,16 @@ class SEPSReleased(LapsFamily):
 
     def leave_out_dense(self) -> None:
         self.dense_owner = None  # what is left is LAPS on the caption
+
+    def patch_choice(self, images: Tokens, texts: Tokens) -> PatchChoice:
+        caption = super().patch_choice(images, texts)
+        if texts.dense is None:
+            return caption
+        dense = super().patch_choice(images, texts.dense)
+        scores = {"sparse": caption.scores["sparse"], "dense": dense.scores["sparse"]}
+        parts = {**caption.scores, "cosine with the dense text": dense.scores[OF_CAPTION]}
+        kept = {**caption.kept, "dense": dense.kept["sparse"]}
+        return PatchChoice(kept, {**scores, **parts})
 
     def bucketed(self, texts: Tokens) -> CaptionsAndDense | pairs.TextBuckets:
         if texts.dense is None:

@@ -14,9 +14,10 @@ from lib.methods.registry import method_names
 from lib.model.choice import PatchChoice
 from lib.retrieval.evidence import Evidence, gather_evidence
 from lib.retrieval.sheets import DIMMED, captions_sheet, pair_sheet
+from tests.checkpoints.test_official import METHOD, WHOLE, backbones, official_payload
 from tests.helpers import encode, pair_inputs, tiny_model
 from tools.opened import open_checkpoint
-from tools.visualize import main
+from tools.visualize import Shown, evidence_of, main
 
 pytest.importorskip("matplotlib")
 
@@ -165,3 +166,39 @@ def test_a_photo_with_and_without_its_dense_text(make_checkpoint, photos, tmp_pa
     heights = [decode(str(tmp_path / f"{one}_1.png")).shape for one in ("with", "without")]
     assert heights[0] != heights[1]  # the dense branch has panels of its own
     assert main([*flags, "--image_file", file]) == 2
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_official_checkpoint_is_drawn(name, photos, tmp_path, capsys):
+    checkpoint = tmp_path / "model_best.pth"
+    torch.save(official_payload(name), checkpoint)
+    vit, bert = backbones(name)
+    file = next(photos.glob("*.jpg"))
+    flags = ["--checkpoint", str(checkpoint), "--method", METHOD[name], "--out", str(tmp_path)]
+    flags += ["--vit_path", vit, "--bert_path", bert, "--image_file", str(file), "--name", "own"]
+    captions = ["a red star", "a blue ring"]
+    wants_dense = METHOD[name] == "seps_released"
+    dense = ["--dense", "a big red star above a blue ring"] if wants_dense else []
+    assert main([*flags, "--caption", *captions, *dense]) == 0
+    for written in ("own_1", "own_2", "own_captions"):
+        assert decode(str(tmp_path / f"{written}.png")) is not None
+    opened = open_checkpoint(checkpoint, METHOD[name], vit, bert)
+    shown = Shown("own", str(file), captions, dense[1] if dense else None)
+    first, second = evidence_of(shown, opened)
+    assert set(first.kept) == ({"sparse", "dense"} if wants_dense else {"sparse"})
+    side = 8 if name.endswith("vit") else 6
+    assert first.grid == (side, side)
+    model = opened.model
+    for one in (first, second):  # what is drawn is what the method computes
+        kept = next(iter(one.kept.values()))
+        assert kept.sum() == model.network.kept < kept.size
+        with torch.inference_mode():
+            texts = model.encode_text_batch(opened.captions([one.caption], shown.dense))
+            images = model.encode_image_batch(opened.photo(file, shown.dense))
+            similarity = float(model.similarity(images, texts))
+        assert one.similarity == pytest.approx(similarity, abs=1e-5)
+    assert not wants_dense or "tools.describe" not in capsys.readouterr().out
+    if wants_dense:  # without a dense text it says what is missing
+        assert main([*flags, "--caption", *captions]) in (0, 2)
+        said = capsys.readouterr()
+        assert "tools.describe" in said.out + said.err
