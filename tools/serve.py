@@ -35,6 +35,7 @@ POLICY = (
 STYLE = """
 footer {display: none !important}
 #said {min-height: 1.6em}
+#found .grid-wrap {max-height: none !important; overflow: visible !important}
 .gradio-container {max-width: 1200px !important; margin: auto}
 @media (max-width: 700px) {
   #found .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
@@ -42,6 +43,7 @@ footer {display: none !important}
   .gradio-container, .gradio-container * {min-width: 0 !important}
 }
 """
+SCROLL = "() => document.getElementById('hint').scrollIntoView({behavior: 'smooth'})"
 
 
 @program
@@ -185,7 +187,8 @@ def build(page: Page, examples: Sequence[str]) -> Any:
         outputs = [gallery, told, state, heat, hint]
         one = {"concurrency_limit": 1, "concurrency_id": "model", "api_name": False}
         gradio.on([button.click, box.submit], page.search, [box, top], outputs, **one)
-        gallery.select(clicked, [state], [heat, hint], **one)
+        shown = gallery.select(clicked, [state], [heat, hint], **one)
+        shown.then(None, js=SCROLL)  # it lies below the pictures
     return blocks.queue(max_size=64)
 
 

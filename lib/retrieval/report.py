@@ -38,7 +38,7 @@ h1 {font-size: 1.6em} h2 {border-bottom: 1px solid #ccc; margin-top: 2em}
 table {border-collapse: collapse; font-size: 0.9em; font-variant-numeric: tabular-nums}
 th, td {padding: 3px 7px; text-align: right; border-bottom: 1px solid #ddd}
 th:first-child, td:first-child {text-align: left}
-th, td {white-space: nowrap; overflow-wrap: normal}
+td {white-space: nowrap; overflow-wrap: normal} th {overflow-wrap: normal; vertical-align: bottom}
 .flags td {white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top}
 .wide {overflow-x: auto} .oracle td {color: #777}
 figure {margin: 1em 0; break-inside: avoid} figcaption, .small {font-size: 0.85em; color: #555}
