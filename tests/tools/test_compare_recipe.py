@@ -11,6 +11,7 @@ import pytest
 
 from arguments import parse_train
 from lib.errors import InputError
+from lib.retrieval.comparison import Row
 from lib.retrieval.result_files import write_results
 from tests.retrieval.test_compare import FakeRunner, table
 from tools.compare import __main__ as compare
@@ -179,6 +180,15 @@ def test_a_wrong_recipe_is_told_in_one_sentence(recipe, old, new, told):
         read_recipe(recipe)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_row_that_reads_no_pixels_is_given_no_features(tmp_path):
+    flags = ["--dataset", "scenes", "--freeze", "image", "--feature_cache", str(tmp_path)]
+    run = compare.plan_run(Row("text", ("--method", "dense_text")), 0, flags, tmp_path)
+    assert not run.settings["feature_cache"]
+    assert "--feature_cache" not in compare.eval_command(run, "test")
+    run = compare.plan_run(Row("laps", ("--method", "laps")), 0, flags, tmp_path)
+    assert run.settings["feature_cache"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

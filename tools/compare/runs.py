@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arguments import parse_train
+from arguments import parse_train, train_parser
 from lib.checkpoints.checkpoint import BEST, LAST, plain_arguments
 from lib.errors import InputError
 from lib.files import read_json, write_json
+from lib.methods.registry import get_method
 from lib.retrieval import comparison
 from lib.retrieval.commands import Execute
 from lib.retrieval.comparison import Row
@@ -74,6 +75,9 @@ def plan_run(row: Row, seed: int, flags: Sequence[str], out: Path) -> Planned:
     ]
     argv = [*flags, *own, "--seed", str(seed), "--logger_name", str(folder)]
     try:
+        method = train_parser().parse_known_args(argv)[0].method
+        if method and not get_method(method).uses_pixels:
+            argv.append("--feature_cache=")  # what others read is nothing to it
         return Planned(row, seed, folder, argv, plain_arguments(parse_train(argv)))
     except InputError as error:
         raise InputError(f"row {row.name}: {error}") from None
@@ -122,7 +126,7 @@ def eval_command(run: Planned, split: str) -> list[str]:
     """Return the command that evaluates the dev-chosen checkpoint; data flags as in training."""
     command = [*run.python(str(ROOT / "eval.py")), "--split", split]
     for flag in DATA_FLAGS:
-        if run.settings[flag] is not None:
+        if run.settings[flag] not in (None, ""):
             command += [f"--{flag}", str(run.settings[flag])]
     return [*command, "--gpu-id", str(run.settings["gpu_id"])]
 
