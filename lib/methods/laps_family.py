@@ -100,7 +100,7 @@ class LapsFamily(Method):
     ) -> tuple[Tensor, Tensor] | None:
         fixed = images.fixed
         return kernels.fused_matches(
-            self.network.scores(images, texts.embedding),
+            self.network.scores(images, texts.embedding, fused=True),
             images.aggregation.logits,
             images.patches,
             texts.words,

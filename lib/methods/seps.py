@@ -14,7 +14,7 @@ from lib.errors import InputError
 from lib.methods.base import Method
 from lib.methods.flags import SLIMMING_FLAGS, dense_owner, settings_of
 from lib.methods.registry import register_method
-from lib.model import kernels
+from lib.model import kernels, product
 from lib.model.alignment import DenseMatch, MatchRows, Relevance, best_affinities, relevance_aware
 from lib.model.choice import PatchChoice
 from lib.model.encoders import EncoderSource, ImageEncoder, TextEncoder
@@ -43,6 +43,7 @@ from lib.model.slimming import (
     selected_softmax,
     selected_sums,
     summarise_text,
+    text_scores,
 )
 
 SETTINGS = """embed_size shard_size sparse_ratio aggr_ratio attention_weight image_score
@@ -253,9 +254,8 @@ class SEPS(Method):
 
         The token is (B_v, 1, C), and (B_v, 1) says whether the branch dropped anything.
         """
-        with torch.no_grad():
-            s_dt = min_max(own_scores(patches, masked_mean(dense.local, dense.mask)))
-        significance = (base + self.beta * s_dt)[:, None]  # (B_v, 1, L)
+        s_dt = min_max(text_scores(patches, masked_mean(dense.local, dense.mask)[:, None]))
+        significance = base[:, None] + self.beta * s_dt  # (B_v, 1, L)
         decision = self._decide(significance)
         fused = dropped_sum(significance, decision).weights[:, 0]  # (B_v, 1, L)
         branch = DenseBranch(
@@ -311,17 +311,17 @@ class SEPS(Method):
         masks.append(images.fixed_mask[:, None].expand(*shape, -1))
         tokens = PairTokens(images.patches, sums, images.fixed, images.aggregation.gram)
         token_mask = torch.cat(masks, 2)
-        cosines = tokens.products(texts.words)
-        return best_affinities(cosines, token_mask, texts.word_mask), token_mask, maps
+        best = best_affinities(tokens.products(texts.words), token_mask, texts.word_mask)
+        return best, token_mask, maps
 
     def _fused_matches(
         self, images: SEPSImages, texts: SEPSTexts
     ) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
         patches, logits, added = images.patches, images.aggregation.logits, None
         if self.guide is not None:
-            added = images.image_dense.weights.to(patches.dtype) @ patches
+            added = product.multiply(images.image_dense.weights.to(patches.dtype), patches)
         best = kernels.fused_matches(
-            self._significance(images, texts.embedding),
+            self._significance(images, texts.embedding, images.aggregation.gram),
             logits,
             patches,
             texts.words,
@@ -338,10 +338,11 @@ class SEPS(Method):
         drops = self.kept < patches.shape[1]
         return best, kernels.token_mask(images.fixed_mask, logits.shape[1], drops)
 
-    def _significance(self, images: SEPSImages, embeddings: Tensor) -> Tensor:
+    def _significance(
+        self, images: SEPSImages, embeddings: Tensor, gram: Tensor | None = None
+    ) -> Tensor:
         """Return eq. 3 of every pair under texts' global embeddings (T, C), (B_v, T, L)."""
-        with torch.no_grad():
-            attention = min_max(global_scores(images.patches, embeddings))
+        attention = min_max(text_scores(images.patches, embeddings, gram))
         return images.base[:, None] + self.beta * attention
 
     def _branch(self, images: SEPSImages, made: Aggregation, embeddings: Tensor) -> Branch:

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,16 +94,20 @@ def shares(count: int) -> list[tuple[int, int]]:
 def call(name: str, jobs: Sequence[tuple]) -> None:
     """Call the library's function `name` with each job's arguments, a thread a job.
 
-    Arguments are ctypes values; ctypes lets go of the interpreter. Raises MemoryError where the
-    function does not return 0.
+    Raises MemoryError where the function does not return 0.
     """
-    function = getattr(library(), name)
-    if len(jobs) == 1:
-        failed = function(*jobs[0])
-    else:
-        failed = any(list(_pool(len(jobs)).map(lambda job: function(*job), jobs)))
-    if failed:
+    if any(run(getattr(library(), name), jobs)):
         raise MemoryError(f"no memory for {name}")
+
+
+def run(function: Callable, jobs: Sequence[tuple]) -> list[int]:
+    """Return what a function of the library tells of each job, a thread a job.
+
+    Arguments are ctypes values; ctypes lets go of the interpreter.
+    """
+    if len(jobs) == 1:
+        return [function(*jobs[0])]
+    return list(_pool(len(jobs)).map(lambda job: function(*job), jobs))
 
 
 @functools.cache

@@ -42,7 +42,7 @@ except ImportError:  # macOS, Windows and CPU wheels of torch come without it
     triton = None
 
 PAIRS = 2**16  # of a call: scores of 50 MB at L = 196
-PAIRS_ON_CPU = 2**10
+PAIRS_ON_CPU = 2**12
 PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
 FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
 # A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize, pad
 
 from lib.model import compiled
 from lib.model.gram import SMALLEST_NORM
+from lib.model.product import multiply
 
 LARGEST_EXPONENT = 60.0  # of a logit below its image's largest: exp(-60) is a normal float
 # multiply-adds of large products that others cost as much time as, measured
@@ -29,7 +30,8 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in "images captions patches channels words".split()),
         *((name, ctypes.c_int64) for name in "fixed kept tokens width sources".split()),
         ("fused_counts", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in "scores peaks gram cross squares rows".split()),
+        *((name, ctypes.c_void_p) for name in "scores peaks gram cross squares".split()),
+        *((name, ctypes.c_void_p) for name in "patch_rows added_rows fixed_rows".split()),
         *((name, ctypes.c_void_p) for name in "word_rows word_mask direct fixed_mask".split()),
         *((name, ctypes.c_void_p) for name in "for_words for_tokens".split()),
     ]
@@ -66,16 +68,17 @@ def matches(
 ) -> tuple[Tensor, Tensor] | None:
     """Return what `kernels.fused_matches` tells; None where PyTorch must serve.
 
-    It hands NaN on and takes logits that lie any distance apart.
+    It hands NaN on and takes logits that lie any distance apart. `gram` must be theirs.
     """
     tops = logits.amax(2, keepdim=True)
     apart = logits.numel() and float((tops - logits).amax())
     k = min(k, patches.shape[1])
     direct, gram = _forms(patches, fixed, added, word_mask, logits.shape[1], k, gram)
-    if not apart < LARGEST_EXPONENT or not _finite(scores, patches, words, fixed, added, gram):
+    # where the squared norms of patches are finite, so are patches and Gram matrix
+    seen = patches if gram is None else gram.diagonal(dim1=1, dim2=2)
+    if not apart < LARGEST_EXPONENT or not _finite(scores, seen, words, fixed, added):
         return None
-    unit = normalize(fixed, dim=-1, eps=SMALLEST_NORM)
-    rows = torch.cat([patches, unit] if added is None else [patches, added, unit], 1)
+    more = fixed.shape[1] + (0 if added is None else added.shape[1])
     weighed = _weighed(logits - tops, patches, added)
     sizes = {
         "images": len(patches),
@@ -87,14 +90,16 @@ def matches(
         "kept": k,
         "tokens": logits.shape[1],
         "width": weighed["peaks"].shape[2],
-        "sources": rows.shape[1],
+        "sources": patches.shape[1] + more,
         "fused_counts": int(fused_counts),
     }
     tensors = {
         "scores": scores,
         **weighed,
         "gram": gram,
-        "rows": rows,
+        "patch_rows": patches,
+        "added_rows": added,
+        "fixed_rows": normalize(fixed, dim=-1, eps=SMALLEST_NORM),
         "word_rows": words,
         "word_mask": word_mask,
         "direct": direct,
@@ -120,20 +125,18 @@ def _forms(
     sources = sum(one.shape[1] for one in (patches, added, fixed) if one is not None)
     direct = direct_pays(word_mask.sum(1), tokens, sources, patches.shape[2], k, making)
     if gram is None and not direct.all():
-        gram = patches @ patches.transpose(1, 2)
+        gram = multiply(patches, patches.transpose(1, 2))
     return direct, gram
 
 
 def _weighed(logits: Tensor, patches: Tensor, added: Tensor | None) -> dict[str, Tensor | None]:
     """Return what the weights of aggregated tokens need of each image; `logits` are at most 0."""
-    room = (
-        0,
-        -logits.shape[1] % compiled.library().lane_count(),
-    )  # rows of weights are padded with zeros to whole vectors
+    lanes = compiled.library().lane_count()
+    room = (0, -logits.shape[1] % lanes)  # rows of weights are padded with zeros to whole vectors
     peaks = pad(logits.exp().transpose(1, 2), room)  # (B_v, L, width)
     if added is None:
         return {"peaks": peaks, "cross": None, "squares": None}
-    cross = pad(patches @ added.transpose(1, 2), room)  # (B_v, L, width)
+    cross = pad(multiply(patches, added.transpose(1, 2)), room)  # (B_v, L, width)
     return {"peaks": peaks, "cross": cross, "squares": added.square().sum(-1)}
 
 

@@ -86,21 +86,38 @@ static void pack_channels(const float *rows, int64_t count, int64_t channels, fl
              packed + first * count);
 }
 
+/* Pack rows `first`.. of all sources, which lie in up to three places, into panels. */
+static void pack_sources(const float *rows, int64_t count, int64_t channels, int64_t first,
+                         float *panels) {
+    for (int64_t i = 0; i < count;) {
+        int64_t column = (first + i) % PANEL, now = at_most(PANEL - column, count - i);
+        float *panel = panels + (first + i - column) * channels;
+        pack_columns(rows + i * channels, channels, now, channels, PANEL, panel + column);
+        i += now;
+    }
+}
+
 static void prepare_image(const Call *call, int64_t number, Image *image) {
     int64_t n = call->patches, width = call->width, channels = call->channels;
-    const float *rows = call->rows + number * call->sources * channels;
     int64_t added = call->cross ? call->tokens : 0;
-    image->fixed = rows + (n + added) * channels;
+    const float *patches = call->patch_rows + number * n * channels;
+    const float *more = call->added_rows + number * added * channels;
+    image->fixed = call->fixed_rows + number * call->fixed * channels;
     image->peaks = call->peaks + number * n * width;
     image->gram = call->gram ? call->gram + number * n * n : NULL;
     image->cross = call->cross ? call->cross + number * n * width : NULL;
     image->squares = call->cross ? call->squares + number * call->tokens : NULL;
     image->fixed_mask = call->fixed_mask + number * call->fixed;
-    for (int64_t first = 0; image->panels && first < call->sources; first += PANEL)
-        pack(rows + first * channels, channels, 1, at_most(PANEL, call->sources - first), channels,
-             PANEL, (float *)image->panels + first * channels);
-    if (image->channels) pack_channels(rows, n, channels, (float *)image->channels);
-    if (image->added) pack_channels(rows + n * channels, added, channels, (float *)image->added);
+    if (image->panels) {
+        float *panels = (float *)image->panels;
+        int64_t last = (panels_of(call->sources) - 1) * PANEL * channels;
+        memset(panels + last, 0, 4 * PANEL * channels);
+        pack_sources(patches, n, channels, 0, panels);
+        pack_sources(more, added, channels, n, panels);
+        pack_sources(image->fixed, call->fixed, channels, n + added, panels);
+    }
+    if (image->channels) pack_channels(patches, n, channels, (float *)image->channels);
+    if (image->added) pack_channels(more, added, channels, (float *)image->added);
 }
 
 /* Pack the real words of a caption, in tiles for the Gram form, in panels for the direct one. */
@@ -110,13 +127,17 @@ static void pack_words(const Call *call, const float *rows, const int32_t *place
     int64_t depth = direct ? panels_of(channels) * PANEL : channels;
     for (int64_t part = 0; part < parts_of(count, most); part++) {
         int64_t first = direct ? part * PANEL : part_start(count, most, part);
-        int64_t now = direct ? at_most(PANEL, count - first) : part_start(count, most, part + 1) - first;
-        int64_t width = direct ? PANEL : now;
+        int64_t last = direct ? at_most(first + PANEL, count) : part_start(count, most, part + 1);
+        int64_t width = direct ? PANEL : last - first;
         float *corner = packed + first * depth;
-        if (direct) memset(corner, 0, 4 * width * depth);
-        for (int64_t i = 0; i < now; i++) {
-            const float *row = rows + places[first + i] * channels;
-            for (int64_t k = 0; k < channels; k++) corner[k * width + i] = row[k];
+        if (direct && (last - first < PANEL || channels < depth))
+            memset(corner, 0, 4 * width * depth);
+        for (int64_t i = first; i < last;) { /* words that follow one another at once */
+            int64_t now = 1;
+            while (i + now < last && places[i + now] == places[i] + now) now++;
+            pack_columns(rows + places[i] * channels, channels, now, channels, width,
+                         corner + i - first);
+            i += now;
         }
     }
 }

@@ -17,7 +17,9 @@ typedef struct {
     const float *gram;         /* (images, patches, patches), NULL where all is direct */
     const float *cross;        /* (images, patches, width) with the added tokens, or NULL */
     const float *squares;      /* (images, tokens) of the added tokens */
-    const float *rows;         /* (images, sources, channels) */
+    const float *patch_rows;   /* (images, patches, channels) */
+    const float *added_rows;   /* (images, tokens, channels), or NULL */
+    const float *fixed_rows;   /* (images, fixed, channels) */
     const float *word_rows;    /* (captions, words, channels) */
     const uint8_t *word_mask;  /* (captions, words) */
     const uint8_t *direct;     /* (captions): whose tokens are built */

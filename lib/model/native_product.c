@@ -10,9 +10,11 @@
 #define BLOCK_ROWS (72 * ROWS)
 #define BLOCK_COLUMNS (8 * PANEL)
 #define BLOCK_DEPTH 256
+#define CHAINS 12 /* of multiply-adds that do not wait for one another */
 
 typedef struct { /* strides count floats; out's columns lie side by side */
-    int64_t rows, columns, depth;
+    int64_t batch, rows, columns, depth;
+    int64_t left_batch, right_batch, out_batch;
     int64_t left_row, left_step, right_column, right_step, out_row;
     int64_t add; /* to what `out` holds */
     const float *left, *right;
@@ -55,6 +57,17 @@ static Tile *const tiles[ROWS][VECTORS] = {PAIR(1), PAIR(2), PAIR(3), PAIR(4), P
 #endif
 
 int64_t lane_count(void) { return LANES; }
+
+/* What the core can do at most: multiply-adds in registers alone. Returns how many operations. */
+int64_t multiply_adds(int64_t rounds, float factor) {
+    lanes sum[CHAINS];
+    for (int i = 0; i < CHAINS; i++) sum[i] = (lanes){0} + factor * i;
+    for (int64_t round = 0; round < rounds; round++)
+        UNROLLED for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * factor + factor;
+    volatile float kept = 0; /* else nothing would be done */
+    for (int i = 0; i < CHAINS; i++) kept += sum[i][0];
+    return rounds * CHAINS * LANES * 2;
+}
 
 Tile *tile_for(int64_t rows, int64_t columns) { return tiles[rows - 1][columns > LANES]; }
 
@@ -99,30 +112,38 @@ static void pack_right(const Product *call, int64_t column, int64_t columns, int
              at_most(PANEL, columns - first), depth, PANEL, packed + first * depth);
 }
 
-/* out = left x right; returns 0, or 1 where memory is lacking. */
-int multiply(const Product *call) {
-    int64_t most = at_most(call->rows, BLOCK_ROWS);
-    int64_t wide = at_most(panels_of(call->columns) * PANEL, BLOCK_COLUMNS);
-    int64_t deep = at_most(call->depth, BLOCK_DEPTH);
-    float *left = malloc(4 * (most + wide) * deep + 64);
-    if (!left) return 1;
-    float *right = left + most * deep;
+static void multiply_one(const Product *call, float *left, float *right) {
+    int64_t rows, columns, depth;
     if (!call->depth && !call->add)
         for (int64_t row = 0; row < call->rows; row++)
             memset(call->out + row * call->out_row, 0, 4 * call->columns);
-    for (int64_t row = 0; row < call->rows; row += most)
-        for (int64_t from = 0; from < call->depth; from += deep) {
-            int64_t rows = at_most(most, call->rows - row);
-            int64_t depth = at_most(deep, call->depth - from);
+    for (int64_t row = 0; row < call->rows; row += rows) {
+        rows = at_most(BLOCK_ROWS, call->rows - row);
+        for (int64_t from = 0; from < call->depth; from += depth) {
+            depth = at_most(BLOCK_DEPTH, call->depth - from);
             pack_left(call, row, rows, from, depth, left);
-            for (int64_t column = 0; column < call->columns; column += wide) {
-                int64_t columns = at_most(wide, call->columns - column);
+            for (int64_t column = 0; column < call->columns; column += columns) {
+                columns = at_most(BLOCK_COLUMNS, call->columns - column);
                 pack_right(call, column, columns, from, depth, right);
                 multiply_block(left, right, rows, columns, depth,
                                call->out + row * call->out_row + column, call->out_row,
                                call->add || from);
             }
         }
+    }
+}
+
+/* out = left x right, of every matrix of a batch; returns 0, or 1 where memory is lacking. */
+int multiply(const Product *call) {
+    int64_t rows = at_most(call->rows, BLOCK_ROWS), depth = at_most(call->depth, BLOCK_DEPTH);
+    int64_t columns = at_most(panels_of(call->columns) * PANEL, BLOCK_COLUMNS);
+    float *left = malloc(4 * (rows + columns) * depth + 64);
+    if (!left) return 1;
+    Product one = *call;
+    for (int64_t number = 0; number < call->batch; number++) {
+        multiply_one(&one, left, left + rows * depth);
+        one.left += call->left_batch, one.right += call->right_batch, one.out += call->out_batch;
+    }
     free(left);
     return 0;
 }

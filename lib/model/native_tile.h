@@ -48,12 +48,27 @@ typedef void Tile(const float *left, const float *right, int64_t depth, float *o
 /* The tile of so many rows for a panel of which so many columns are wanted. */
 Tile *tile_for(int64_t rows, int64_t columns);
 
+/* packed[k * width + i] = rows[i * stride + k] for i < count: rows become columns.
+ *
+ * A few numbers of every row at a time, so that what is written stays in the first cache.
+ */
+FIXED void pack_columns(const float *rows, int64_t stride, int64_t count, int64_t depth,
+                        int64_t width, float *packed) {
+    for (int64_t from = 0; from < depth; from += 64) {
+        int64_t to = at_most(from + 64, depth);
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t k = from; k < to; k++) packed[k * width + i] = rows[i * stride + k];
+    }
+}
+
 /* packed[k][i] = source[i * item + k * step] for i < count, 0 for the rest of `width`. */
 FIXED void pack(const float *source, int64_t item, int64_t step, int64_t count, int64_t depth,
                 int64_t width, float *packed) {
     if (item == 1)
         for (int64_t k = 0; k < depth; k++)
             memcpy(packed + k * width, source + k * step, 4 * count);
+    else if (step == 1)
+        pack_columns(source, item, count, depth, width, packed);
     else
         for (int64_t i = 0; i < count; i++)
             for (int64_t k = 0; k < depth; k++) packed[k * width + i] = source[i * item + k * step];

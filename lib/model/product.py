@@ -5,65 +5,98 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.model import compiled
 
-SIZES = "rows columns depth left_row left_step right_column right_step out_row add".split()
-ITEM = 4  # bytes of a float
+SIZES = """batch rows columns depth left_batch right_batch out_batch left_row left_step right_column
+right_step out_row add"""
+ROWS_AT_ONCE = 4  # of `apply_layers`
 
 
 class _Product(ctypes.Structure):
     """`Product` of native_product.c, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in SIZES),
+        *((name, ctypes.c_int64) for name in SIZES.split()),
         *((name, ctypes.c_void_p) for name in ("left", "right", "out")),
     ]
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Return left @ right without gradient, float32: (M, K), (K, N) -> (M, N).
+    """Return left @ right without gradient: (M, K), (K, N) -> (M, N), or with a batch before.
 
-    Either may be a transposed or strided view. `out`, whose columns lie side by side, is filled, or
-    with `add` added to. Serves where `compiled.is_available()`, else PyTorch multiplies.
+    Any strides will do. `out`, whose columns lie side by side, is filled, or with `add` added to.
+    Where this does not serve (`serves`) PyTorch multiplies.
     """
-    rows, columns = left.shape[0], right.shape[1]
     if out is None:
-        out, add = left.new_empty(rows, columns), False
-    if not _serves(left, right, out):
+        out, add = left.new_empty(*left.shape[:-1], right.shape[-1]), False
+    if not serves(left, right, out):
         with torch.no_grad():
-            return out.addmm_(left, right, beta=1.0 if add else 0.0)
-    if left.shape[1] != right.shape[0] or out.shape != (rows, columns) or out.stride(1) != 1:
+            product = left @ right
+            return out.add_(product) if add else out.copy_(product)
+    wide = [one if one.dim() == 3 else one[None] for one in (left, right, out)]
+    if not _fits(*wide):
         raise ValueError(f"{tuple(left.shape)} @ {tuple(right.shape)} into {tuple(out.shape)}")
-    by_rows = rows >= columns  # the larger side is shared out to the threads
+    sides = list(wide[2].shape)
+    longest = sides.index(max(sides))  # of batch, rows, columns: shared out to the threads
     jobs = []
-    for first, last in compiled.shares(rows if by_rows else columns):
-        part = slice(first, last)
-        if by_rows:
-            job = _product(left[part], right, out[part], add)
-        else:
-            job = _product(left, right[:, part], out[:, part], add)
+    for first, last in compiled.shares(sides[longest]):
+        parts = [slice(None)] * 3
+        parts[longest] = slice(first, last)
+        batch, rows, columns = parts
+        job = _product(wide[0][batch, rows], wide[1][batch, :, columns], wide[2][tuple(parts)], add)
         jobs.append((ctypes.byref(job),))
     compiled.call("multiply", jobs)
     return out
 
 
-def _serves(*tensors: Tensor) -> bool:
+def serves(*tensors: Tensor) -> bool:
+    """Return whether the C code multiplies such tensors: float32 on the CPU, no autocast."""
     floats = all(one.is_cpu and one.dtype == torch.float32 for one in tensors)
-    return floats and compiled.is_available()
+    return floats and not torch.is_autocast_enabled("cpu") and compiled.is_available()
+
+
+def apply_layers(layers: nn.Sequential, rows: Tensor) -> Tensor:
+    """Return layers(rows) without gradient, linear layers by `multiply`: (B, L, C) -> (B, L, C').
+
+    A few rows at a time: what lies between the layers stays near the caches.
+    """
+    if not serves(rows, *layers.parameters()):
+        return layers(rows)
+    return torch.cat([_applied(layers, part) for part in rows.split(ROWS_AT_ONCE)])
+
+
+def _applied(layers: nn.Sequential, rows: Tensor) -> Tensor:
+    for layer in layers:
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            product = multiply(rows.flatten(0, 1), layer.weight.T).add_(layer.bias)
+            rows = product.unflatten(0, rows.shape[:2])
+        else:
+            rows = layer(rows)
+    return rows
+
+
+def _fits(left: Tensor, right: Tensor, out: Tensor) -> bool:
+    batches = len(left) == len(right) == len(out)
+    inner = left.shape[2] == right.shape[1] and out.stride(2) == 1
+    return batches and inner and out.shape[1:] == (left.shape[1], right.shape[2])
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> _Product:
     return _Product(
-        rows=out.shape[0],
-        columns=out.shape[1],
-        depth=left.shape[1],
-        left_row=left.stride(0),
-        left_step=left.stride(1),
-        right_column=right.stride(1),
-        right_step=right.stride(0),
-        out_row=out.stride(0),
+        batch=out.shape[0],
+        rows=out.shape[1],
+        columns=out.shape[2],
+        depth=left.shape[2],
+        left_batch=left.stride(0),
+        right_batch=right.stride(0),
+        out_batch=out.stride(0),
+        left_row=left.stride(1),
+        left_step=left.stride(2),
+        right_column=right.stride(2),
+        right_step=right.stride(1),
+        out_row=out.stride(1),
         add=int(add),
         left=left.data_ptr(),
         right=right.data_ptr(),

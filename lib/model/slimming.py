@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lib.batch import Rows
+from lib.model import product
 from lib.model.gram import SMALLEST_NORM, PairTokens, PatchSums, gram_matrix, unit, wide_gram
 from lib.model.precision import full_precision, is_half
 from lib.model.selection import Selection, top_k_mask
@@ -50,6 +51,22 @@ def global_scores(patches: Tensor, embeddings: Tensor) -> Tensor:
     products = patches.flatten(0, 1) @ normalize(embeddings, dim=-1).T  # one product, (B_v·L, B_t)
     products = products.unflatten(0, norms.shape).transpose(1, 2)
     return (products / norms[:, None]).contiguous()
+
+
+@torch.no_grad()
+def text_scores(patches: Tensor, embeddings: Tensor, gram: Tensor | None = None) -> Tensor:
+    """Return `global_scores`, no gradient; given gram (B_v, L, L), V Vᵀ, by compiled products.
+
+    Embeddings (T, C), or (B_v, T, C) each image's own.
+    """
+    if gram is None or not product.serves(patches, embeddings):
+        if embeddings.dim() == 2:
+            return global_scores(patches, embeddings)
+        return torch.stack([own_scores(patches, one) for one in embeddings.unbind(1)], 1)
+    # the diagonal of V Vᵀ holds the squared norms
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt().clamp(min=SMALLEST_NORM)  # (B_v, L)
+    unit_embeddings = normalize(embeddings, dim=-1).expand(len(patches), -1, -1)
+    return product.multiply(unit_embeddings, patches.transpose(1, 2)).div_(norms[:, None])
 
 
 @full_precision
@@ -192,6 +209,10 @@ class AggregationHead(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         return (self.weight(patches) * self.scale).transpose(1, 2)
 
+    def fused(self, patches: Tensor) -> Tensor:
+        """Return the same without gradient."""
+        return (product.apply_layers(self.weight, patches) * self.scale).transpose(1, 2)
+
 
 @dataclass
 class Aggregation(Rows):
@@ -209,10 +230,18 @@ def aggregation(head: AggregationHead, patches: Tensor, fused: bool) -> Aggregat
 
     The one on CUDA makes the Gram matrix itself; that of the CPU is called more often.
     """
-    logits = head(patches)
     if fused:
-        return Aggregation(logits, gram=wide_gram(patches) if patches.is_cpu else None)
+        return Aggregation(head.fused(patches), gram=_fused_gram(patches))
+    logits = head(patches)
     return Aggregation(logits, peak_weights(logits), gram_matrix(patches, logits.shape[1]))
+
+
+def _fused_gram(patches: Tensor) -> Tensor | None:
+    if not patches.is_cpu:
+        return None
+    if product.serves(patches):
+        return product.multiply(patches, patches.transpose(1, 2))
+    return wide_gram(patches)
 
 
 class PatchScore(nn.Module):
@@ -320,21 +349,24 @@ class LapsNetwork(nn.Module):
         patches (B_v, L, C), cls (B_v, 1, C) or None; `embeddings` (B_v, C) are the images' global
         ones, by default the mean of the patches.
         """
+        made = aggregation(self.head, patches, fused)
         with torch.no_grad():
             if embeddings is None:
                 wide = torch.promote_types(patches.dtype, torch.float32)
                 embeddings = patches.mean(1, dtype=wide)
-            own = own_scores(patches, embeddings)
+            gram = made.gram if fused else None
+            own = text_scores(patches, embeddings[:, None], gram)[:, 0]
         fixed = unit(patches[:, :0] if cls is None else cls)  # what no text changes
-        return SlimmedImages(patches, own, fixed, aggregation(self.head, patches, fused))
+        return SlimmedImages(patches, own, fixed, made)
 
     @torch.no_grad()
-    def scores(self, images: SlimmedImages, embeddings: Tensor) -> Tensor:
+    def scores(self, images: SlimmedImages, embeddings: Tensor, fused: bool = False) -> Tensor:
         """Return each pair's patch scores, (B_v, T, L), no gradient.
 
         `embeddings` (T, C) are the texts' global ones.
         """
-        return images.own[:, None] + global_scores(images.patches, embeddings)
+        gram = images.aggregation.gram if fused else None
+        return text_scores(images.patches, embeddings, gram).add_(images.own[:, None])
 
     def select(self, images: SlimmedImages, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return `scores` and which patches stay, bool (B_v, T, L)."""

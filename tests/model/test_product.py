@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lib.model import compiled
-from lib.model.product import multiply
+from lib.model.product import apply_layers, multiply
 
 SIDES = st.integers(0, 80) | st.sampled_from([127, 200, 257, 300])
 
@@ -71,6 +74,34 @@ def test_agrees_at_real_sizes(rows, columns, depth, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("_width")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(5, 3, 2), (2, 40, 3), (1, 3, 33)])
+def test_batches_may_share_a_side(batch, rows, columns, threads):
+    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    torch.set_num_threads(threads)
+    try:
+        left = matrix(rows, 19, "plain", generator).expand(batch, -1, -1)
+        right = torch.randn(batch, columns, 19, generator=generator).transpose(1, 2)
+        assert_multiplies(left, right)
+        assert_multiplies(left, right, torch.ones(batch, rows, columns), add=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_width")
+def test_layers_are_applied_as_they_are():
+    torch.manual_seed(0)
+    bare = nn.Linear(20, 5, bias=False)
+    layers = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 20), nn.GELU(), bare)
+    rows = torch.randn(9, 7, 12)
+    with torch.no_grad():
+        found = apply_layers(layers, rows)
+        wanted = copy.deepcopy(layers).double()(rows.double())
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(apply_layers(layers.double(), rows.double()), layers(rows.double()))
+
+
 @pytest.mark.parametrize("kind", ["float64", "off"])
 def test_pytorch_serves_elsewhere(kind, monkeypatch):
     dtype = torch.float64 if kind == "float64" else torch.float32
@@ -86,6 +117,8 @@ def test_pytorch_serves_elsewhere(kind, monkeypatch):
 def test_sizes_that_do_not_fit_are_refused_and_nan_is_handed_on():
     with pytest.raises(ValueError):
         multiply(torch.ones(2, 3), torch.ones(4, 2))
+    with pytest.raises(ValueError):
+        multiply(torch.ones(2, 5, 3), torch.ones(1, 3, 2))
     left = torch.ones(20, 30)
     left[7, 3] = torch.nan
     found = multiply(left, torch.ones(30, 40))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cosine_similarity
 
 from lib.model.alignment import (
     Relevance,
@@ -27,6 +28,7 @@ from lib.model.slimming import (
     peak_weights,
     selected_softmax,
     selected_sums,
+    text_scores,
     top_k_mask,
 )
 from tests.helpers import tiny_model
@@ -198,3 +200,17 @@ def _half(tensor):
 
 def _wide(tensor):
     return _half(tensor).float() if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_scores_by_compiled_products_are_the_same(own):
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(3, 196, 512, generator=generator)
+    patches[1, 5] = 0  # has no direction
+    texts = torch.randn(3, 4, 512, generator=generator) if own else torch.randn(4, 512)
+    gram = patches @ patches.transpose(1, 2)
+    found = text_scores(patches, texts, gram)
+    assert found.shape == (3, 4, 196)
+    torch.testing.assert_close(found, text_scores(patches, texts), atol=1e-6, rtol=0)
+    one = cosine_similarity(patches[2, 9], texts[2, 1] if own else texts[1], dim=0)
+    torch.testing.assert_close(found[2, 1, 9], one, atol=1e-6, rtol=0)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from lib.batch import Tokens
-from tools.benchmark import evaluate, scale, similarity, step
+from lib.model import compiled
+from tools.benchmark import evaluate, measure, scale, similarity, step
 from tools.benchmark.__main__ import main
 from tools.benchmark.cases import Case, call_of, fewer_captions, least_work, pair_flops
 from tools.benchmark.lengths import draw_lengths, histogram
 from tools.benchmark.loop import LOOPS, PEERS
-from tools.benchmark.measure import rss_peak, seconds_of
+from tools.benchmark.measure import multiply_adds, peak_flops, rss_peak, seconds_of
 from tools.benchmark.report import judge, page
 
 SMALL = ["--patches", "9", "--embed_size", "16", "--batch", "3", "--repeats", "1"]
@@ -276,6 +277,18 @@ def test_bars():
     assert "met" not in judge(row, {})
     told = {"machine": "m", "torch": "t", "threads": 1, "date": "d"}
     assert "MISSED" in page({**told, "rows": [judge(row, {"ratio": 7})]})
+
+
+@pytest.mark.skipif(not compiled.is_available(), reason="no C compiler here")
+def test_the_peak_is_no_less_than_what_registers_reach(monkeypatch):
+    cpu = torch.device("cpu")
+    assert multiply_adds("cpu") > 1e9
+    monkeypatch.setattr(measure, "multiply_adds", lambda clock: 1e15)
+    monkeypatch.setattr(measure, "PATIENCE", 0)  # one small product will do
+    assert peak_flops.__wrapped__(cpu, "off", "cpu") == 1e15
+    assert peak_flops.__wrapped__(cpu, "bf16", "cpu") < 1e15  # other instructions
+    monkeypatch.setenv("SEPS_NATIVE", "0")
+    assert 1e9 < peak_flops.__wrapped__(cpu, "off", "cpu") < 1e15
 
 
 def test_rows_with_a_bar_are_measured_by_default():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import multiprocessing
 import re
 import statistics
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 
 from lib.errors import InputError
+from lib.model import compiled
 from lib.model.precision import DTYPES
 
 MEBI = 2**20
 PATIENCE = 0.2  # seconds of a product beyond which no larger one is tried
+ROUNDS = 10**6  # of multiply-adds, some 5 to 20 ms
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STATUS = Path("/proc/self/status")
 
@@ -127,17 +130,33 @@ def _finish(device: torch.device) -> None:
 
 
 @cache
-def peak_flops(device: torch.device, amp: str) -> float:
-    """Return the most floating-point operations a second of a square product, over some sizes."""
+def peak_flops(device: torch.device, amp: str, clock: str = "wall") -> float:
+    """Return the most floating-point operations a second that are reached here.
+
+    Of a square product over some sizes; in float32 on the CPU also of multiply-adds in registers,
+    which no library's product reaches.
+    """
     dtype = DTYPES.get(amp, torch.float32)
     best = 0.0
     for side in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        seconds = _fastest(lambda a=left, b=right: a @ b, device)
+        seconds = _fastest(lambda a=left, b=right: a @ b, device, clock)
         best = max(best, 2 * side**3 / seconds)
         if seconds > PATIENCE:  # bf16 on a CPU without instructions for it
             break
+    if device.type == "cpu" and dtype == torch.float32 and compiled.is_available():
+        best = max(best, multiply_adds(clock))
     return best
+
+
+def multiply_adds(clock: str) -> float:
+    """Return the operations a second of multiply-adds in registers, a loop a thread."""
+    function = compiled.library().multiply_adds
+    function.restype = ctypes.c_int64  # how many operations that were
+    job = ctypes.c_int64(ROUNDS), ctypes.c_float(0.5)
+    done = torch.get_num_threads() * function(*job)
+    jobs = [job] * torch.get_num_threads()
+    return done / _fastest(lambda: compiled.run(function, jobs), torch.device("cpu"), clock)
 
 
 @cache
@@ -148,19 +167,23 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * 4 * source.numel() / _fastest(lambda: target.copy_(source), device)
 
 
-def _fastest(call: Callable[[], Any], device: torch.device) -> float:
+def _fastest(call: Callable[[], Any], device: torch.device, clock: str = "wall") -> float:
     call()
-    return min(seconds_of(call, device) for _ in range(5))
+    return min(seconds_of(call, device, clock) for _ in range(5))
 
 
 def roofline(
-    work: tuple[float, float], seconds: float, device: torch.device, amp: str
+    work: tuple[float, float],
+    seconds: float,
+    device: torch.device,
+    amp: str,
+    clock: str = "wall",
 ) -> dict[str, float]:
     """Return a row's "share" of the roofline and the two peaks, measured once in this process.
 
     The share is the least time that `work`, (operations, bytes), needs at these, over `seconds`.
     """
-    flops, bandwidth = peak_flops(device, amp), copy_bandwidth(device)
+    flops, bandwidth = peak_flops(device, amp, clock), copy_bandwidth(device)
     share = max(work[0] / flops, work[1] / bandwidth) / seconds
     return {"share": share, "peak_flops": flops, "peak_bytes": bandwidth}
 

@@ -195,7 +195,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "mean_words": sum(case.lengths) / case.captions,
         "amp": case.amp,
         "clock": args.clock,
-        **roofline(least_work(case), seconds["ours"], device, case.amp),
+        **roofline(least_work(case), seconds["ours"], device, case.amp, args.clock),
     }
     if args.memory:
         row["ours_memory"] = peak_memory(case, "ours", case.captions, device)
