@@ -10,13 +10,14 @@ import torch
 
 from lib import distributed
 from lib.checkpoints.hub import checkpoint_file
+from lib.errors import InputError
 from lib.model.precision import autocast_for
 from lib.retrieval import outcome
 from lib.retrieval.evaluation import result_names
 from lib.retrieval.protocol import protocol_of
 from lib.retrieval.result_files import RESULTS
 from lib.retrieval.shard_files import open_manifest
-from lib.retrieval.sharded import ShardedEvaluation
+from lib.retrieval.sharded import ShardedEvaluation, stages_told
 from scoring import (
     check_destinations,
     kept_areas,
@@ -45,6 +46,12 @@ def evaluate_in_shards(
     depends = {**made_from(member, args, device, anywhere=True), **work.settings}
     with distributed.together():
         open_manifest(work.folder, depends)
+    unseen = distributed.hosts_without(work.folder)
+    if unseen:
+        raise InputError(
+            f"--shards {work.folder}: {', '.join(unseen)} does not see what rank 0 writes there; "
+            "name a folder on a disk that all nodes share"
+        )
     merged = work.finished()
     if merged is None:
         if distributed.is_main():
@@ -53,11 +60,13 @@ def evaluate_in_shards(
     facts = {
         **member.facts,
         "protocol": protocol_of(*merged.carried, member.loaders.repeated_share),
-        "seconds": round(merged.seconds, 2),  # of all processes together
+        "seconds": round(sum(one["seconds"] for one in merged.stages.values()), 2),
+        "stages": merged.stages,
         "hosts": merged.hosts,
     }
     facts |= distributed.on_main(lambda: kept_areas(member, args, device, autocast)) or {}
     measured = outcome.ranks_outcome(merged.ranks, args.recall_at, result_label(args))
+    measured.notes.append(f"{args.shards}: {stages_told(merged.stages)}")
     measured = measured.with_facts(facts)
     distributed.on_main(lambda: publish_tables(str(checkpoint), checkpoint.parent, measured, args))
     return measured.tables

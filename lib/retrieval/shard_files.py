@@ -40,6 +40,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[st
         with open(temporary, "wb") as file:
             np.savez(file, **arrays, **{FACTS: np.array(json.dumps(facts))})
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} can't be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ image is encoded twice, and scored with the groups of its captions once more.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import uuid
@@ -46,6 +47,7 @@ from lib.retrieval.similarity import TEXTS_AT_ONCE, encoded, regroup
 TEXTS, OWN, COUNTS = "texts", "own", "counts"
 UNITS = {TEXTS: "captions", OWN: "own pairs", COUNTS: "pairs"}  # what the progress bars count
 Progress = Callable[[int], None]
+Clocks = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Merged:
 
     ranks: dict[str, QueryRanks]  # by name of the result
     carried: tuple[bool, bool]  # a dense text beside images; beside captions
-    seconds: float  # of all processes together
+    stages: dict[str, dict[str, float]]  # by kind: files, bytes, seconds of all processes together
     hosts: list[str]
 
 
@@ -111,15 +113,21 @@ class ShardedEvaluation:
 
         Every rank of a distributed run calls it. Damaged files are made anew.
         """
-        for _ in range(2):
+        for _ in range(2):  # again where the first time showed damage
             self.run()
+            if not broadcast_value(self._all_there()):
+                return None
             found = broadcast_value(on_main(self.merged))
             if found is not None:
                 return found
         return None
 
+    def _all_there(self) -> bool:
+        there = set(os.listdir(self.folder / COUNTS))
+        return all(name + RESULT in there for name in self._pieces(COUNTS))
+
     def merged(self) -> Merged | None:
-        """Return what all files make together; None where one is missing or damaged."""
+        """Return what all files make together; None where one is damaged: it is removed."""
         sums = {name: RankSum(self.owners, folds) for name, folds in self.names.items()}
         for piece in self._pieces(COUNTS).values():
             found = read_arrays(self._path(COUNTS, piece))
@@ -128,16 +136,26 @@ class ShardedEvaluation:
             for name, one in sums.items():
                 mine = {k: v for k, v in found[0].items() if k.startswith(f"{name}.")}
                 one.add({key.removeprefix(f"{name}."): value for key, value in mine.items()})
-        facts = [
-            read_facts(self._path(kind, piece))
-            for kind in (TEXTS, OWN, COUNTS)
-            for piece in self._pieces(kind).values()
-        ]
+        paths = {
+            kind: [self._path(kind, piece) for piece in self._pieces(kind).values()]
+            for kind in UNITS
+        }
+        facts = {kind: [read_facts(path) for path in paths[kind]] for kind in UNITS}
+        every = [one for kind in UNITS for one in facts[kind]]
+        stages = {
+            kind: {
+                "files": len(paths[kind]),
+                "bytes": sum(path.stat().st_size for path in paths[kind]),
+                "seconds": round(sum(one["seconds"] for one in facts[kind]), 2),
+                "cpu_seconds": round(sum(one["cpu_seconds"] for one in facts[kind]), 2),
+            }
+            for kind in UNITS
+        }
         return Merged(
             ranks={name: one.ranks() for name, one in sums.items()},
-            carried=tuple(any(one["carried"][side] for one in facts) for side in (0, 1)),
-            seconds=sum(one["seconds"] for one in facts),
-            hosts=sorted({one["host"] for one in facts}),
+            carried=tuple(any(one["carried"][side] for one in every) for side in (0, 1)),
+            stages=stages,
+            hosts=sorted({one["host"] for one in every}),
         )
 
     def told(self) -> str:
@@ -181,11 +199,13 @@ class ShardedEvaluation:
             )
 
     def _write(
-        self, kind: str, piece: range, arrays: Arrays, carried: Carried, started: float
+        self, kind: str, piece: range, arrays: Arrays, carried: Carried, started: Clocks
     ) -> None:
+        passed = [now - then for now, then in zip(_clocks(), started, strict=True)]
         facts = {
             "carried": [carried.images, carried.captions],
-            "seconds": time.perf_counter() - started,
+            "seconds": passed[0],
+            "cpu_seconds": passed[1],
             "host": socket.gethostname(),
         }
         write_arrays(self._path(kind, piece), arrays, facts)
@@ -204,7 +224,7 @@ class ShardedEvaluation:
     # --- the work
 
     def _encode_texts(self, piece: range, progress: Progress) -> None:
-        started, carried = time.perf_counter(), Carried()
+        started, carried = _clocks(), Carried()
         batches = carried.watch("captions", self.loaders.captions.only(piece))
         parts = []
         for part in encoded(self.model.encode_text_batch, batches, self.device, self.autocast):
@@ -214,7 +234,7 @@ class ShardedEvaluation:
         self._write(TEXTS, piece, token_arrays(group), carried, started)
 
     def _score_own(self, piece: range, progress: Progress) -> None:
-        started, carried = time.perf_counter(), Carried()
+        started, carried = _clocks(), Carried()
         prepared = self._prepared(piece, carried)
         mine = self._captions_of(piece.start, piece.stop)
         right = np.empty(self.captions, np.float32)
@@ -234,7 +254,7 @@ class ShardedEvaluation:
         progress(len(piece))
 
     def _count(self, piece: range, progress: Progress) -> None:
-        started, carried = time.perf_counter(), Carried()
+        started, carried = _clocks(), Carried()
         own = self._own_scores()
         counts = {
             name: BlockCounts(own, piece.start, piece.stop, folds)
@@ -302,3 +322,15 @@ class ShardedEvaluation:
                 "are not finite"
             )
         return scores
+
+
+def _clocks() -> Clocks:
+    """Return the seconds of the wall's clock and of this process's, loader workers left out."""
+    return time.perf_counter(), time.process_time()
+
+
+def stages_told(stages: dict[str, dict[str, float]]) -> str:
+    """Return a line on what the kinds of files took."""
+    size = sum(one["bytes"] for one in stages.values())
+    told = ", ".join(f"{UNITS[kind]} {one['seconds']:,.1f} s" for kind, one in stages.items())
+    return f"{told} of all processes together, {size / 1e6:,.1f} MB"

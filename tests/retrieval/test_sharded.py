@@ -225,13 +225,15 @@ def test_the_program_prints_and_writes_what_the_ordinary_evaluation_does(
     assert evaluation.main(shards) == 0
     found = json.loads((run / "results.json").read_text())["scenes"]
     assert len(list((tmp_path / "s" / COUNTS).iterdir())) == 2  # whole batches: 8 of 16
-    apart = {"seconds", "flags", "date", "hosts"}
+    apart = {"seconds", "flags", "date", "hosts", "stages"}
     assert {k: v for k, v in found.items() if k not in apart} == {
         k: v for k, v in ordinary.items() if k not in apart
     }
     again = read_ranks(run / "ranks_scenes.npz")
     np.testing.assert_array_equal(again.t2i, ranks.t2i)
     np.testing.assert_array_equal(again.i2t, ranks.i2t)
+    stages = {kind: (one["files"], one["seconds"] > 0) for kind, one in found["stages"].items()}
+    assert stages == {TEXTS: (1, True), OWN: (2, True), COUNTS: (2, True)}
     printed = capsys.readouterr().out.splitlines()
     assert next(line for line in table if line.startswith("scenes ")) in printed
     assert evaluation.main([*shards, "--recall_at", "3"]) == 0  # nothing is left to do
