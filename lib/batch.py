@@ -88,6 +88,21 @@ class Rows:
         """Return the rows that a slice, a list or an index tensor names."""
         return self._map(lambda tensor: tensor[index])
 
+    def split(self, sizes: int | list[int]) -> list[Self]:
+        """Return the rows in parts of so many, as `torch.split`.
+
+        Their gradients come together once; each slice by itself would make one of the whole.
+        """
+        parts = {
+            name: value.split(sizes)
+            for name in (field.name for field in fields(self))
+            if (value := getattr(self, name)) is not None
+        }
+        return [
+            replace(self, **dict(zip(parts, part, strict=True)))
+            for part in zip(*parts.values(), strict=True)
+        ]
+
     @property
     def device(self) -> torch.device:
         """Where the first field lies."""

@@ -30,7 +30,7 @@ class Method(MethodOptions, nn.Module):
     name: ClassVar[str]
     dense_gradient: bool = True  # False where the dense text only chooses: its graph is spared
     scores_repeat: bool = True  # False: scored again they differ, or it spares nothing
-    is_fused: bool = False  # True while the kernel scores the pairs: never with a graph
+    is_fused: bool = False  # True while a kernel scores the pairs (kernels.serves)
     may_leave_unused: bool = False  # True where a step can leave a parameter without gradient
     score_range: tuple[float, float] | None = None  # of a similarity, where it has bounds
 

@@ -16,7 +16,13 @@ from lib.model.alignment import best_affinities, mean_of_best
 from lib.model.choice import PatchChoice
 from lib.model.encoders import ImageEncoder, TextEncoder
 from lib.model.losses import AlignmentLoss, ratio_loss
-from lib.model.slimming import LapsNetwork, SlimmedImages, TextSummary, summarise_text
+from lib.model.slimming import (
+    LapsNetwork,
+    SlimmedImages,
+    TextSummary,
+    summarise_text,
+    without_kernel,
+)
 
 OF_CAPTION = "cosine with the caption"  # a part of a patch's score
 
@@ -89,9 +95,11 @@ class LapsFamily(Method):
         self, images: SlimmedImages, texts: TextSummary, token_mask: Tensor, word_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each word's best token and each token's best word, (B_v, T, M) and (B_v, T, N)."""
-        best = self._fused_best(images, texts, word_mask) if self.is_fused else None
-        if best is not None:
-            return best
+        if self.is_fused:
+            best = self._fused_best(images, texts, word_mask)
+            if best is not None:
+                return best
+            images = without_kernel(images)
         cosines = self.network.tokens(images, texts.embedding).products(texts.words)
         return best_affinities(cosines, token_mask, word_mask)
 

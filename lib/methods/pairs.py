@@ -7,6 +7,7 @@ reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lib.batch import Rows, Tokens, length_buckets
-from lib.distributed import gather_sizes, rank
+from lib.distributed import gather_sizes, rank, world_size
 from lib.model import kernels
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ class TextBuckets:
 
 def bucketed(method: Method, texts: Tokens) -> TextBuckets:
     """Return the captions prepared, in buckets of about one length: no padding is multiplied."""
-    captions = method.shard_size if torch.is_grad_enabled() else CAPTIONS_WITHOUT_GRAPH
-    captions = min(_most_pairs(method, texts.local.device), captions)
+    most = _most_pairs(method, texts.local.device)
     buckets: list[Rows] = []
     order: list[int] = []
     on_cpu = method.is_fused and texts.local.is_cpu  # there padding costs but the means
     spread = WIDE_SPREAD if on_cpu else SPREAD
+    captions = min(most, method.shard_size if torch.is_grad_enabled() else CAPTIONS_WITHOUT_GRAPH)
+    if method.is_fused and torch.is_grad_enabled():
+        captions, spread = math.isqrt(most), math.inf  # a gradient of all images for each bucket
     for rows in length_buckets(texts.lengths.tolist(), captions, spread):
         alike = texts[rows] if len(rows) < len(texts) else texts
         buckets.append(method.prepare_texts(alike.trimmed()))
@@ -71,7 +74,7 @@ def all_pairs(method: Method, images: Rows, texts: TextBuckets) -> Maps:
     columns = []
     for bucket in texts.buckets:
         size = max(1, most // len(bucket))
-        chunks = (images[first : first + size] for first in range(0, len(images), size))
+        chunks = images.split(size) if size < len(images) else [images]
         columns.append(_stacked([_scored(method, chunk, bucket, again) for chunk in chunks], 0))
     maps = _stacked(columns, 1)
     if texts.order == sorted(texts.order):
@@ -84,6 +87,8 @@ def chosen_pairs(
     method: Method, images: Rows, texts: Rows, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Return the similarity of the pairs (rows[p], columns[p]) alone, (P,)."""
+    if method.is_fused:
+        return _by_image(method, images, texts, rows, columns)
 
     def one_pair(image: dict, text: dict) -> Tensor:
         pair = images.refilled(image)[None], texts.refilled(text)[None]
@@ -98,14 +103,26 @@ def chosen_pairs(
     return torch.cat([checkpoint(scores, *part, use_reentrant=False) for part in parts])
 
 
+def _by_image(method: Method, images: Rows, texts: Rows, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return `chosen_pairs` where a kernel scores, an image with its captions at a time."""
+    order = rows.argsort(stable=True)
+    seen, counts = rows[order].unique_consecutive(return_counts=True)
+    captions = texts[columns[order]].split(counts.tolist())
+    parts = zip(images[seen].split(1), captions, strict=True)
+    scores = torch.cat([method.score(*part)["similarity"][0] for part in parts])
+    return scores[order.argsort()]
+
+
 def loss_maps(method: Method, images: Tokens, texts: Tokens, image_ids: Tensor) -> Maps:
     """Return the maps of the global batch, each (B, B), for this rank's `images`.
 
     Where the loss reads only the hardest negatives, all pairs are scored without a graph, and the
     similarities that take part in the loss once more with one: at most three a row, but for ties.
+    Not so where the backward pass passes over the others by itself.
     """
     prepared = method.prepare_images(images)
     few = method.criterion.reads_few_pairs and method.scores_repeat and torch.is_grad_enabled()
+    few = few and not _keeps_little(method, texts)
     if few:
         with without_graph(texts.local.device):
             maps = _gathered(method, prepared, texts)
@@ -146,9 +163,18 @@ def without_graph(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _keeps_little(method: Method, texts: Tokens) -> bool:
+    """Return whether a graph of all pairs holds little, and its backward pass skips what is 0."""
+    one_call = len(texts) ** 2 <= _most_pairs(method, texts.local.device)
+    return method.is_fused and one_call and world_size() == 1  # several ranks must go one way
+
+
 def _most_pairs(method: Method, device: torch.device) -> int:
     """Return how many pairs `score` is given at once."""
-    return kernels.most_pairs(device) if method.is_fused else method.shard_size**2
+    if not method.is_fused:
+        return method.shard_size**2
+    most = kernels.most_pairs(device)
+    return max(most, method.shard_size**2) if torch.is_grad_enabled() else most
 
 
 def _scored(method: Method, images: Rows, texts: Rows, again: bool) -> Maps:

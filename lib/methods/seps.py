@@ -44,6 +44,7 @@ from lib.model.slimming import (
     selected_sums,
     summarise_text,
     text_scores,
+    without_kernel,
 )
 
 SETTINGS = """embed_size shard_size sparse_ratio aggr_ratio attention_weight image_score
@@ -288,14 +289,14 @@ class SEPS(Method):
         self, images: SEPSImages, texts: SEPSTexts
     ) -> tuple[tuple[Tensor, Tensor], Tensor, dict[str, Tensor]]:
         """Return `best_affinities` of all pairs, the tokens' mask (B_v, T, N), the kept shares."""
-        shape = (len(images), len(texts))
-        maps = {}
+        shape, maps = (len(images), len(texts)), {}
         if self.guide == "image":
             maps["kept_dense"] = images.image_dense.kept.expand(shape)
-        fused = self._fused_matches(images, texts) if self.is_fused else None
-        if fused is not None:
-            maps["kept_sparse"] = images.base.new_full(shape, self.kept / images.patches.shape[1])
-            return *fused, maps
+        if self.is_fused:
+            if fused := self._fused_matches(images, texts):
+                share = images.base.new_tensor(self.kept / images.patches.shape[1])
+                return *fused, {**maps, "kept_sparse": share.expand(shape)}
+            images = without_kernel(images)
         sparse = self._branch(images, images.aggregation, texts.embedding)
         maps["kept_sparse"] = sparse.kept
         sums, masks = [sparse.local, sparse.dropped], [sparse.drops[..., None]]
@@ -319,7 +320,7 @@ class SEPS(Method):
     ) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
         patches, logits, added = images.patches, images.aggregation.logits, None
         if self.guide is not None:
-            added = product.multiply(images.image_dense.weights.to(patches.dtype), patches)
+            added = product.matmul(images.image_dense.weights.to(patches.dtype), patches)
         best = kernels.fused_matches(
             self._significance(images, texts.embedding, images.aggregation.gram),
             logits,
@@ -333,10 +334,8 @@ class SEPS(Method):
             fused_counts=False,
             gram=images.aggregation.gram,
         )
-        if best is None:
-            return None
         drops = self.kept < patches.shape[1]
-        return best, kernels.token_mask(images.fixed_mask, logits.shape[1], drops)
+        return best and (best, kernels.token_mask(images.fixed_mask, logits.shape[1], drops))
 
     def _significance(
         self, images: SEPSImages, embeddings: Tensor, gram: Tensor | None = None
@@ -396,5 +395,4 @@ class SEPS(Method):
             "alignment": alignment.detach(),
             "ratio": ratio.detach(),
         }
-        kept = [key for key in ("kept_sparse", "kept_dense") if key in maps]
-        return losses | {key: maps[key].detach().mean() for key in kept}
+        return losses | {key: maps[key].detach().mean() for key in maps if "kept" in key}

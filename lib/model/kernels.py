@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
-from lib.model import compiled, native
+from lib.model import compiled, native, native_gradients
 from lib.model.alignment import NEGATIVE_SLOPE, best_matches
 
 try:
@@ -43,6 +43,7 @@ except ImportError:  # macOS, Windows and CPU wheels of torch come without it
 
 PAIRS = 2**16  # of a call: scores of 50 MB at L = 196
 PAIRS_ON_CPU = 2**12
+PAIRS_WITH_GRADIENT = 2**14  # scores, all that is kept of a pair, of 13 MB at L = 196
 PRODUCT_BYTES = 256 * 2**20  # patch-word products alive at once
 FUSED_BLOCK = 16  # columns of the fused token's tiles, which are as high as the dropped patches
 # A float32 dot without tensor cores holds its operands in registers, so BLOCK_K is small.
@@ -95,13 +96,21 @@ def _tell(error: Exception) -> None:
 
 def most_pairs(device: torch.device) -> int:
     """Return how many pairs a call is best given."""
+    if torch.is_grad_enabled():
+        return PAIRS_WITH_GRADIENT
     return PAIRS if device.type == "cuda" or _interpreted() else PAIRS_ON_CPU
 
 
 def serves(patches: Tensor) -> bool:
-    """Return whether `fused_matches` may score these patches now: no gradient is asked for."""
-    wanted = not torch.is_grad_enabled() and patches.dtype != torch.float64
-    return wanted and is_available(patches.device)
+    """Return whether `fused_matches` may score these patches now.
+
+    With gradient it does so on the CPU in float32 alone.
+    """
+    if torch.is_grad_enabled():
+        mixed = torch.is_autocast_enabled(patches.device.type)
+        plain = patches.is_cpu and patches.dtype == torch.float32 and not mixed
+        return plain and not _interpreted() and is_available(patches.device)
+    return patches.dtype != torch.float64 and is_available(patches.device)
 
 
 def token_mask(fixed_mask: Tensor, aggregated: int, fused_takes_part: bool) -> Tensor:
@@ -126,8 +135,9 @@ def fused_matches(
 ) -> tuple[Tensor, Tensor] | None:
     """Return each word's best token (B_v, T, M) and each token's best word (B_v, T, N_c + 1 + F).
 
-    None where PyTorch must serve: on the CPU see `native.matches`; on
-    CUDA, with a warning and from then on, where a program does not build.
+    None where PyTorch must serve: on the CPU see `native.matches`, and `native_gradients.matches`
+    where a gradient is asked for; on CUDA, with a warning and from then on, where a program does
+    not build.
 
     scores (B_v, T, L) rank the patches, of which the `k` best are kept; logits (B_v, N_c, L) weigh
     the kept ones, the scores the dropped ones; patches (B_v, L, C); words (T, M, C) normalised,
@@ -136,11 +146,16 @@ def fused_matches(
     is dropped the fused token is a zero, which words see only with `fused_counts` (LAPS; SEPS
     leaves it out). `gram` (B_v, L, L) float32, the patches' products, is made where not given, and
     on CUDA always. Entries of masked words and tokens are meaningless. Affinities in [-1, 1],
-    float32, without gradient, also under autocast: half-precision arguments are taken as float32.
+    float32, also under autocast: half-precision arguments are taken as float32.
     Raises ValueError where the programs never run, and where a gradient would be lost.
     Source: LAPS (CVPR 2024) and SEPS eq. 4-5, SPEC 3 and 4.
     """
-    _check([one for one in (scores, logits, patches, words, fixed, added) if one is not None])
+    tensors = [one for one in (scores, logits, patches, words, fixed, added) if one is not None]
+    if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+        _check_gradient(patches)
+        rest = word_mask, fixed, fixed_mask, k, added, fused_counts
+        return native_gradients.matches(scores, logits, patches, words, *rest, gram)
+    _check(patches.device)
     device = scores.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         scores, logits, patches, words, fixed = (
@@ -196,11 +211,18 @@ def _matches(
     return torch.cat(for_words, 1), torch.cat(for_tokens, 1)
 
 
-def _check(tensors: list[Tensor]) -> None:
-    if not is_available(tensors[0].device):
+def _check(device: torch.device) -> None:
+    if not is_available(device):
         raise ValueError("fused_matches needs a CUDA device and Triton, or a CPU and a C compiler")
-    if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
-        raise ValueError("fused_matches has no backward pass: call it under torch.no_grad()")
+
+
+def _check_gradient(patches: Tensor) -> None:
+    _check(patches.device)
+    if not serves(patches):
+        raise ValueError(
+            "fused_matches has a backward pass on the CPU in float32 alone: elsewhere call it "
+            "under torch.no_grad()"
+        )
 
 
 @dataclass

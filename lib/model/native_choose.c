@@ -1,4 +1,5 @@
 /* Which patches of a pair are kept, and the weights of those that are dropped. */
+#include "native_choose.h"
 #include "native_pair.h"
 
 /* The largest threshold that at least k keys reach, found bit by bit. */
@@ -15,9 +16,8 @@ static int32_t reached_by(const int32_t *keys, int64_t n, int64_t k) {
     return threshold;
 }
 
-/* The k patches of the largest scores; of ties the first are kept. Both lists have room for n. */
-static void split(const float *scores, int64_t n, int64_t k, int32_t *keys, int32_t *kept,
-                  int32_t *dropped) {
+void split_patches(const float *scores, int64_t n, int64_t k, int32_t *keys, int32_t *kept,
+                   int32_t *dropped) {
     for (int64_t l = 0; l < n; l++) {
         int32_t bits;
         memcpy(&bits, scores + l, 4);
@@ -53,9 +53,8 @@ static lanes exponential(lanes x) {
     return y * (lanes)((power + 127) << 23);
 }
 
-/* Softmax of the dropped scores, zero where kept. */
-static void weigh_dropped(const float *scores, int64_t n, int64_t count, const int32_t *dropped,
-                          float *weights) {
+void weigh_dropped(const float *scores, int64_t n, int64_t count, const int32_t *dropped,
+                   float *weights) {
     float top = NEVER, mass = 0, packed[LANES];
     for (int64_t d = 0; d < count; d++) top = fmaxf(top, scores[dropped[d]]);
     memset(weights, 0, 4 * n);
@@ -71,7 +70,7 @@ static void weigh_dropped(const float *scores, int64_t n, int64_t count, const i
 
 void choose(const Call *call, const float *scores, const float *peaks, const Pair *pair) {
     int64_t n = call->patches, k = call->kept, width = call->width;
-    split(scores, n, k, pair->keys, pair->kept, pair->dropped);
+    split_patches(scores, n, k, pair->keys, pair->kept, pair->dropped);
     if (drops(call)) weigh_dropped(scores, n, n - k, pair->dropped, pair->fused);
     for (int64_t v = 0; v < width; v += LANES) {
         lanes mass = {0};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,21 +58,56 @@ def serves(*tensors: Tensor) -> bool:
     return floats and not torch.is_autocast_enabled("cpu") and compiled.is_available()
 
 
-def apply_layers(layers: nn.Sequential, rows: Tensor) -> Tensor:
-    """Return layers(rows) without gradient, linear layers by `multiply`: (B, L, C) -> (B, L, C').
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Return `multiply(left, right)` with gradient."""
+    if not serves(left, right):
+        return left @ right
+    return _Matmul.apply(left, right)
 
-    A few rows at a time: what lies between the layers stays near the caches.
+
+class _Matmul(torch.autograd.Function):
+    """`multiply` and its gradient, which can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return multiply(left, right)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        needs_left, needs_right = ctx.needs_input_grad
+        return (
+            matmul(gradient, right.mT) if needs_left else None,
+            matmul(left.mT, gradient) if needs_right else None,
+        )
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what `torch.nn.functional.linear` does, by `matmul`: (…, C) -> (…, C')."""
+    if not serves(rows, weight):
+        return torch.nn.functional.linear(rows, weight, bias)
+    product = matmul(rows.reshape(-1, rows.shape[-1]), weight.T)
+    product = product if bias is None else product + bias
+    return product.view(*rows.shape[:-1], weight.shape[0])
+
+
+def apply_layers(layers: nn.Sequential, rows: Tensor) -> Tensor:
+    """Return layers(rows), linear layers by `linear`: (B, L, C) -> (B, L, C').
+
+    Without gradient a few rows at a time: what lies between the layers stays near the caches.
     """
     if not serves(rows, *layers.parameters()):
         return layers(rows)
+    if torch.is_grad_enabled():
+        return _applied(layers, rows)
     return torch.cat([_applied(layers, part) for part in rows.split(ROWS_AT_ONCE)])
 
 
 def _applied(layers: nn.Sequential, rows: Tensor) -> Tensor:
     for layer in layers:
-        if isinstance(layer, nn.Linear) and layer.bias is not None:
-            product = multiply(rows.flatten(0, 1), layer.weight.T).add_(layer.bias)
-            rows = product.unflatten(0, rows.shape[:2])
+        if isinstance(layer, nn.Linear):
+            rows = linear(rows, layer.weight, layer.bias)
         else:
             rows = layer(rows)
     return rows

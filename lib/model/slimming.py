@@ -7,7 +7,8 @@ change the kept set of most pairs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -207,10 +208,6 @@ class AggregationHead(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, 1, 1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        return (self.weight(patches) * self.scale).transpose(1, 2)
-
-    def fused(self, patches: Tensor) -> Tensor:
-        """Return the same without gradient."""
         return (product.apply_layers(self.weight, patches) * self.scale).transpose(1, 2)
 
 
@@ -228,12 +225,20 @@ class Aggregation(Rows):
 def aggregation(head: AggregationHead, patches: Tensor, fused: bool) -> Aggregation:
     """Return the aggregation of patches (B_v, L, C); a kernel (`fused`) reads no peaks.
 
-    The one on CUDA makes the Gram matrix itself; that of the CPU is called more often.
+    The one on CUDA makes the Gram matrix itself; that of the CPU is called more often, and sees to
+    the gradient through it.
     """
     if fused:
-        return Aggregation(head.fused(patches), gram=_fused_gram(patches))
+        return Aggregation(head(patches), gram=_fused_gram(patches))
     logits = head(patches)
     return Aggregation(logits, peak_weights(logits), gram_matrix(patches, logits.shape[1]))
+
+
+def without_kernel(images: Any) -> Any:
+    """Return prepared images with what PyTorch reads of them where it takes a kernel's place."""
+    logits = images.aggregation.logits
+    gram = gram_matrix(images.patches, logits.shape[1])
+    return replace(images, aggregation=Aggregation(logits, peak_weights(logits), gram))
 
 
 def _fused_gram(patches: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lib.batch import Tokens
 from lib.methods.registry import get_method, method_names, register_method
+from lib.model import kernels
 from tests.helpers import encode, pair_inputs, tiny_model
 
 # Parameters that a training step may leave without gradient, and why.
@@ -124,7 +125,8 @@ def test_shard_size_changes_nothing(method):
         )
 
 
-def test_shard_size_changes_no_gradient(method):
+def test_shard_size_changes_no_gradient(method, monkeypatch):
+    monkeypatch.setattr(kernels, "PAIRS_WITH_GRADIENT", 1)
     inputs = pair_inputs(method=method)
     gradients = []
     for size in (3, 100):
@@ -146,6 +148,7 @@ def test_chunks_are_computed_again_with_the_same_noise(method, monkeypatch):
         return infer(*args)
 
     monkeypatch.setattr(checkpoint, "_infer_device_type", noted)
+    monkeypatch.setattr(kernels, "PAIRS_WITH_GRADIENT", 1)
     model = tiny_model(method, shard_size=3, max_violation=False).train()
     model.training_losses(**pair_inputs(method=method))["loss"].backward()
     assert found or not model.scores_repeat

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lib.batch import FEWEST_IN_BUCKET, Tokens, length_buckets
 from lib.methods.registry import get_method, method_names
-from lib.model import gram
+from lib.model import gram, kernels
 from lib.model.gram import PairTokens, PatchSums, gram_matrix, gram_pays, unit
 from lib.model.losses import hardest_pairs, hinge_triplet, negatives_mask
 from lib.model.slimming import (
@@ -349,7 +349,8 @@ def test_peak_of_a_step_is_a_fraction_of_the_loops(hard, share):
     assert ours < share * loop
 
 
-def test_chunks_take_less_than_all_pairs():
+def test_chunks_take_less_than_all_pairs(monkeypatch):
+    monkeypatch.setattr(kernels, "serves", lambda patches: False)
     model, images, texts, ids = laps_at_work()
     model.shard_size = 80
     whole = step_peak(lambda: model.losses(images, texts, ids)["loss"])
