@@ -48,6 +48,26 @@ typedef void Tile(const float *left, const float *right, int64_t depth, float *o
 /* The tile of so many rows for a panel of which so many columns are wanted. */
 Tile *tile_for(int64_t rows, int64_t columns);
 
+typedef float quad __attribute__((vector_size(16), aligned(4)));
+typedef int32_t quad_places __attribute__((vector_size(16)));
+#ifdef __clang__
+#define MIXED __builtin_shufflevector
+#else
+#define MIXED(one, other, ...) __builtin_shuffle(one, other, (quad_places){__VA_ARGS__})
+#endif
+
+/* Four numbers of each of four rows, turned. */
+FIXED void turn(const float *rows, int64_t stride, float *packed, int64_t width) {
+    quad a = *(const quad *)rows, b = *(const quad *)(rows + stride);
+    quad c = *(const quad *)(rows + 2 * stride), d = *(const quad *)(rows + 3 * stride);
+    quad ab = MIXED(a, b, 0, 4, 1, 5), cd = MIXED(c, d, 0, 4, 1, 5);
+    *(quad *)packed = MIXED(ab, cd, 0, 1, 4, 5);
+    *(quad *)(packed + width) = MIXED(ab, cd, 2, 3, 6, 7);
+    ab = MIXED(a, b, 2, 6, 3, 7), cd = MIXED(c, d, 2, 6, 3, 7);
+    *(quad *)(packed + 2 * width) = MIXED(ab, cd, 0, 1, 4, 5);
+    *(quad *)(packed + 3 * width) = MIXED(ab, cd, 2, 3, 6, 7);
+}
+
 /* packed[k * width + i] = rows[i * stride + k] for i < count: rows become columns.
  *
  * A few numbers of every row at a time, so that what is written stays in the first cache.
@@ -55,9 +75,13 @@ Tile *tile_for(int64_t rows, int64_t columns);
 FIXED void pack_columns(const float *rows, int64_t stride, int64_t count, int64_t depth,
                         int64_t width, float *packed) {
     for (int64_t from = 0; from < depth; from += 64) {
-        int64_t to = at_most(from + 64, depth);
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t k = from; k < to; k++) packed[k * width + i] = rows[i * stride + k];
+        int64_t to = at_most(from + 64, depth), fours = from + (to - from) / 4 * 4, i = 0;
+        for (; i + 4 <= count; i += 4)
+            for (int64_t k = from; k < fours; k += 4)
+                turn(rows + i * stride + k, stride, packed + k * width + i, width);
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t k = j < i ? fours : from; k < to; k++)
+                packed[k * width + j] = rows[j * stride + k];
     }
 }
 

@@ -228,9 +228,9 @@ def aggregation(head: AggregationHead, patches: Tensor, fused: bool) -> Aggregat
     The one on CUDA makes the Gram matrix itself; that of the CPU is called more often, and sees to
     the gradient through it.
     """
-    if fused:
-        return Aggregation(head(patches), gram=_fused_gram(patches))
     logits = head(patches)
+    if fused:
+        return Aggregation(logits, gram=_fused_gram(patches))
     return Aggregation(logits, peak_weights(logits), gram_matrix(patches, logits.shape[1]))
 
 
@@ -262,7 +262,7 @@ class PatchScore(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         with torch.autocast(patches.device.type, enabled=False):
             wide = patches.float() if is_half(patches) else patches
-            return self.mlp(wide).squeeze(-1).sigmoid()
+            return product.apply_layers(self.mlp, wide).squeeze(-1).sigmoid()
 
 
 class WordSelection(nn.Module):
