@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from lib.checkpoints.official import canonical_name, check_complete, is_official, load_official
@@ -86,7 +86,7 @@ def model_payload(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "method": model.name,
         "args": plain_arguments(args),
         "image_config": _config(model.image_encoder),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
 from lib.checkpoints import official_d2s
 from lib.errors import InputError, as_input_error
@@ -164,6 +163,8 @@ def _text_source(args: argparse.Namespace) -> str:
 
 def _config(source: str, flag: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Return the config in a folder or of a hub id. Raises InputError where there is none."""
+    from transformers import AutoConfig  # slow to import, and only needed here
+
     if os.path.isdir(source):
         load_object(Path(source) / "config.json", f"{flag} names a folder with a model's config")
     try:

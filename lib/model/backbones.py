@@ -1,4 +1,7 @@
-"""Names, folders and configs -> pretrained or untrained transformers backbones, both sides."""
+"""Names, folders and configs -> pretrained or untrained transformers backbones, both sides.
+
+transformers takes seconds to import, so it is imported where a backbone is built, not here.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel, ViTConfig
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from lib.errors import InputError, as_input_error, first_line
 from lib.files import check_folder, load_object
 from lib.memory import check_fits, transformer_bytes
 from lib.model.timm_backbones import TimmConfig
+
+if TYPE_CHECKING:
+    from transformers import BertConfig, PretrainedConfig, PreTrainedModel, ViTConfig
 
 HUB_IDS = {
     "vit": "google/vit-base-patch16-224-in21k",
@@ -56,6 +59,8 @@ def hub_id(name: str) -> str:
 
 def tiny_image_config(size: tuple[int, int], width: int, layers: int, patch_size: int) -> ViTConfig:
     """Return the ViT that `--vit_type tiny` trains from scratch."""
+    from transformers import ViTConfig
+
     return ViTConfig(
         image_size=size[0] if size[0] == size[1] else list(size),
         patch_size=patch_size,
@@ -70,6 +75,8 @@ def tiny_image_config(size: tuple[int, int], width: int, layers: int, patch_size
 
 def tiny_text_config(vocab_size: int, width: int, layers: int, positions: int) -> BertConfig:
     """Return the BERT that `--bert_path tiny` trains from scratch."""
+    from transformers import BertConfig
+
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -82,15 +89,17 @@ def tiny_text_config(vocab_size: int, width: int, layers: int, positions: int) -
     )
 
 
-def saved_config(config: dict) -> PretrainedConfig:
+def saved_config(config: dict) -> PretrainedConfig | TimmConfig:
     """Return the config that a checkpoint keeps as a dictionary."""
+    import transformers
+
     values = dict(config)
     kind = values.pop("model_type")
     if kind == TimmConfig.model_type:
         return TimmConfig(**values)
     if hasattr(transformers, TOWERS.get(kind, "")):  # which AutoConfig of 4.x does not know either
         return getattr(transformers, TOWERS[kind]).config_class(**values)
-    return AutoConfig.for_model(kind, **values)
+    return transformers.AutoConfig.for_model(kind, **values)
 
 
 def load_config(source: str, flag: str) -> PretrainedConfig:
@@ -98,6 +107,8 @@ def load_config(source: str, flag: str) -> PretrainedConfig:
 
     Raises InputError where there is none, or where HF_HUB_OFFLINE keeps the hub away.
     """
+    from transformers import AutoConfig
+
     local = os.path.exists(source) or (os.path.sep in source and source[0] in "./~")
     if local:
         check_folder(source, flag, weights=True)
@@ -123,14 +134,14 @@ def load_backbone(source: str | PretrainedConfig, flag: str) -> nn.Module:
     where it can't be found, is of a kind that reads something else than `flag` asks for, or where
     the file's weights leave a part of the network uninitialised.
     """
-    config = source if isinstance(source, PretrainedConfig) else load_config(source, flag)
+    config = load_config(source, flag) if isinstance(source, str) else source
     kind = _model_class(config, source, flag)
     if config.model_type.startswith("siglip"):
         config.vision_use_head = False  # the pooling head would be left without gradient
     options = {}
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options["add_pooling_layer"] = False
-    if isinstance(source, PretrainedConfig):
+    if not isinstance(source, str):
         _check_size(config, flag)
         with as_input_error(f"{flag}: no such network can be built"):
             return kind(config, **options).float()
@@ -179,16 +190,21 @@ def _report_silenced() -> Iterator[None]:
 
     A checkpoint of pretraining always has heads that the backbone does not take.
     """
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logging.set_verbosity(before)
 
 
 def _model_class(config: PretrainedConfig, source, flag: str) -> type[PreTrainedModel]:
     """Return the class that AutoModel takes for `config`; InputError where it suits no side."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
     kind: Any = getattr(transformers, TOWERS.get(config.model_type, ""), None)
     kind = kind or MODEL_MAPPING.get(type(config), None)
     kind = kind[0] if isinstance(kind, tuple) else kind

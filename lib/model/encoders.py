@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from lib.batch import Tokens, image_size, length_mask
 from lib.errors import InputError, InputWarning
 from lib.memory import check_fits
 from lib.model.backbones import (
-    PretrainedConfig,
     freeze_unreached,
     hub_id,
     load_backbone,
@@ -32,6 +31,9 @@ from lib.model.preprocessing import Preprocessing, choose_preprocessing
 from lib.model.sentence import SentenceEncoder
 from lib.model.text_backbones import most_positions, text_hidden
 from lib.model.timm_backbones import PREFIX, TimmConfig, build_timm, timm_preprocessing
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _projection(width: int, embed_size: int) -> nn.Module:
@@ -295,7 +297,7 @@ def build_text_encoder(
     One made from scratch has at least so many `positions`.
     Raises InputError where `max_word` exceeds the positions or the vocabularies disagree.
     """
-    source: PretrainedConfig | str
+    source: PretrainedConfig | TimmConfig | str
     if config is not None:
         source = saved_config(config)
     elif bert_path == "tiny":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from transformers import PretrainedConfig
-from transformers.image_processing_utils import BaseImageProcessor
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,6 +69,8 @@ def choose_preprocessing(
 
 
 def _own(source: str) -> Preprocessing | None:
+    from transformers.image_processing_utils import BaseImageProcessor  # slow to import
+
     try:
         values, _ = BaseImageProcessor.get_image_processor_dict(source)
     except (OSError, ValueError):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from lib.errors import InputError
 from lib.model.preprocessing import Preprocessing
@@ -14,15 +14,21 @@ from lib.model.preprocessing import Preprocessing
 PREFIX = "timm/"
 
 
-class TimmConfig(PretrainedConfig):
-    """What rebuilds a timm model without a hub: its name, and the image size it is built for."""
+class TimmConfig:
+    """What rebuilds a timm model without a hub: its name, and the image size it is built for.
+
+    Checkpoints of before hold `others`, which every config of transformers has, and timm none.
+    """
 
     model_type = "timm_features"
 
-    def __init__(self, architecture: str = "", image_size: Any = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, architecture: str = "", image_size: Any = None, **others: Any) -> None:
         self.architecture = architecture
         self.image_size = image_size
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """Return all of it, under the name that the configs of transformers have for that."""
+        return json.dumps({"model_type": self.model_type, **vars(self)})
 
 
 class TimmBackbone(nn.Module):
