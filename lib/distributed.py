@@ -99,15 +99,18 @@ def start_processes(
             "where torch.distributed.run started them, or unset WORLD_SIZE for a single process"
         )
     if multi_gpu:
-        if world > 1 or environment_integer("RANK") is not None:
-            start(backend if cuda else "gloo", url, world, this_rank, seconds)
         given = environment_integer("LOCAL_RANK")
         local_rank = local_rank if given is None else given
-    if not cuda:
-        if is_main():
-            print("no CUDA device: running on the CPU")
-        return torch.device("cpu")
-    index = local_rank if multi_gpu else gpu_id
+    device = _take_gpu(local_rank if multi_gpu else gpu_id) if cuda else torch.device("cpu")
+    if multi_gpu and (world > 1 or environment_integer("RANK") is not None):
+        start(backend if cuda else "gloo", url, world, this_rank, seconds)
+    if not cuda and is_main():
+        print("no CUDA device: running on the CPU")
+    return device
+
+
+def _take_gpu(index: int) -> torch.device:
+    """Make a CUDA device this process's own, before NCCL guesses one. InputError without it."""
     if not 0 <= index < torch.cuda.device_count():
         raise InputError(
             f"--gpu-id {index}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
@@ -132,8 +135,9 @@ def stop() -> None:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
+    if world_size() > 1:  # NCCL would take the GPU of the rank's number, which need not be its own
+        nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:

@@ -118,8 +118,8 @@ def similarity_matrix(
             with autocast():
                 prepared = model.prepare_images(part)  # once an image
                 maps = (model.prepared_maps(prepared, group) for group in groups)
-                columns = [one["similarity"].float().cpu() for one in maps]
-            rows.append(torch.cat(columns, dim=1).numpy())
+                columns = [one["similarity"].float() for one in maps]
+            rows.append(torch.cat(columns, dim=1).cpu().numpy())  # the device is waited for once
             if keep is not None:
                 keep(count, rows[-1])
             count += len(rows[-1])

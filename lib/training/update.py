@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -81,8 +81,8 @@ class Update:
             with wait:
                 losses = self._losses(batch.to(self.device))
                 self.scaler.scale(losses["loss"] / len(group)).backward()
-            for name, value in losses.items():
-                total[name] = total.get(name, 0.0) + float(value.detach()) / len(group)
+            for name, value in zip(losses, _values(losses.values()), strict=True):
+                total[name] = total.get(name, 0.0) + value / len(group)
         self.scaler.unscale_(self.optimizer)
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -99,3 +99,8 @@ class Update:
                 batch.dense_lengths,
                 batch.pixel_lengths,
             )
+
+
+def _values(scalars: Iterable[Tensor]) -> list[float]:
+    """Return what the scalars hold, waiting for their device once for all of them."""
+    return torch.stack([one.detach().reshape(()).double() for one in scalars]).tolist()
