@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
 
 from lib.errors import InputError
 from lib.model.encoders import ImageEncoder
@@ -36,6 +35,8 @@ def cls_attention(encoder: ImageEncoder, device: torch.device) -> Callable[[Tens
 
 def _reader(backbone: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of the backbone whose attention is written out: fused kernels keep it."""
+    from transformers import AutoModel  # slow to import
+
     try:
         reader = AutoModel.from_config(backbone.config, attn_implementation="eager")
     except (AttributeError, ValueError):

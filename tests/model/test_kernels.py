@@ -402,7 +402,9 @@ def gpu_case(*shape, **sizes) -> dict:
 @pytest.mark.gpu
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("longest", [9, 24, 33, 160])
-@pytest.mark.parametrize(("patches", "tokens"), [(196, 39), (576, 115), (49, 23)])
+@pytest.mark.parametrize(
+    ("patches", "tokens"), [(196, 39), (576, 115), (49, 9), (49, 23), (144, 28)]
+)
 def test_gpu_agrees_with_the_plain_form(patches, tokens, longest, added):
     case = gpu_case(patches, longest, tokens, 2, added, images=5, texts=7)
     for k in (1, patches // 2, patches):

@@ -1,4 +1,4 @@
-"""Measure: python -m tools.benchmark similarity|step|evaluate|input|scale|search|photos."""
+"""Measure: python -m tools.benchmark similarity|step|evaluate|epoch|scale|search|photos|all …"""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lib.files import check_destination, write_json
 from lib.flags import Parser
 from lib.program import program, run_program
 from tools.benchmark import (
+    epoch,
     evaluate,
     input,
     lengths,
@@ -25,18 +27,22 @@ from tools.benchmark import (
     search,
     similarity,
     step,
+    whole,
 )
+from tools.benchmark.machine import circumstances
 from tools.benchmark.measure import torch_device
 
 COMMANDS = {
     "similarity": similarity,
     "step": step,
     "evaluate": evaluate,
+    "epoch": epoch,
     "input": input,
     "scale": scale,
     "search": search,
     "photos": photos,
     "lengths": lengths,
+    "all": whole,
 }
 
 
@@ -51,15 +57,18 @@ def _measure(args: argparse.Namespace, argv: Sequence[str]) -> int:
     device = torch_device(args.device)
     if args.json:
         check_destination(args.json, "--json")
-    rows = COMMANDS[args.command].run(args)
-    found = {
-        **report.circumstances(device),
+    module = COMMANDS[args.command]
+    found: dict[str, Any] = {
+        **circumstances(device),
         "command": f"python -m tools.benchmark {shlex.join(argv)}",
-        "rows": rows,
+        "rows": [],
     }
-    print(report.page(found))
+    for row in module.run(args):  # written as they come: a machine may be taken away
+        found["rows"].append(row)
+        if args.json:
+            write_json(Path(args.json), found)
+    print(getattr(module, "page", report.page)(found))
     if args.json:
-        write_json(Path(args.json), found)
         print(f"written to {args.json}")
     return 0
 

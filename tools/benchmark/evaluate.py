@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -64,14 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loop_captions", type=int, default=None, help="the loop's sample; default: 8 on the CPU"
     )
+    parser.add_argument("--loop_images", type=int, default=BATCH, help="that it is given at once")
     parser.add_argument("--encoded", type=int, default=40, help="images whose passes are counted")
     add_measuring(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return two rows a method: passes over images, and scoring."""
-    flags = "repeats", "patches", "embed_size", "images", "captions", "loop_captions", "encoded"
-    check_at_least_one(args, *flags)
+    flags = "repeats patches embed_size images captions loop_captions loop_images encoded"
+    check_at_least_one(args, *flags.split())
     rows = []
     for method in chosen_list(args.method, "method", tuple(PEERS)):
         print(f"evaluation of {method}", file=sys.stderr, flush=True)
@@ -182,8 +183,14 @@ def caption_rows(batch: Batch, rows: slice) -> Batch:
 # --- scoring -------------------------------------------------------------------------------------
 
 
-def scoring_row(method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Return how fast COCO 5K is scored, measured whole or on a sample."""
+def scoring_row(
+    method: str, args: argparse.Namespace, bar: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Return how fast COCO 5K is scored, measured whole or on a sample.
+
+    Warmed up is on one block of images with all captions. It is judged by `bar`, where none is
+    given by that of COCO 5K on CUDA.
+    """
     device = torch_device(args.device)
     default = SAMPLE if device.type == "cpu" else COCO
     images, captions = args.images or default[0], args.captions or default[1]
@@ -199,10 +206,14 @@ def scoring_row(method: str, args: argparse.Namespace) -> dict[str, Any]:
         amp=amp_of(args),
         seed=args.seed,
     )
-    block = replace(whole, images=min(images, BATCH), captions=min(captions, TEXTS_AT_ONCE))
+    block = replace(
+        whole, images=min(images, args.loop_images), captions=min(captions, TEXTS_AT_ONCE)
+    )
     few = min(block.captions, args.loop_captions or (8 if device.type == "cpu" else 1024))
-    ours, loop = score_all(whole), score_block(block, few)
-    seconds = side_by_side({"loop": loop, "ours": ours}, args.repeats, device)
+    first, ours = score_all(whole)
+    loop = score_block(block, few)
+    calls = {"loop": loop, "ours": ours}
+    seconds = side_by_side(calls, args.repeats, device, warm_up={"ours": first})
     speed = {"ours": whole.pairs / seconds["ours"], "loop": block.images * few / seconds["loop"]}
     coco = {way: COCO[0] * COCO[1] / value for way, value in speed.items()}
     row = {
@@ -213,21 +224,27 @@ def scoring_row(method: str, args: argparse.Namespace) -> dict[str, Any]:
         "loop_pairs": block.images * few,
         "amp": whole.amp,
         "seconds": coco["ours"],
-        **roofline(least_work(whole), seconds["ours"], device, whole.amp),
         "note": f"COCO 5K {'takes' if (images, captions) == COCO else 'would take'} "
         f"{coco['ours']:,.1f} s, with the loop {coco['loop']:,.0f} s "
         f"(from {whole.pairs:,} and {block.images * few:,} pairs)",
     }
+    if args.roofline:
+        row.update(roofline(least_work(whole), seconds["ours"], device, whole.amp))
     if device.type == "cuda" and args.memory:
-        row["ours_memory"] = cuda_peak(ours, device)
+        row["ours_memory"] = cuda_peak(first, device)  # other images need no more at a time
         row["loop_memory"] = cuda_peak(loop, device)
-    barred = device.type == "cuda" and method == "laps" and whole.encoder == "ViT-224"
-    whole_coco = (images, captions, args.embed_size) == (*COCO, 512)
-    return judge(row, {"seconds": COCO_SECONDS} if barred and whole_coco else {})
+    if bar is None:
+        barred = device.type == "cuda" and method == "laps" and whole.encoder == "ViT-224"
+        whole_coco = (images, captions, args.embed_size) == (*COCO, 512)
+        bar = {"seconds": COCO_SECONDS} if barred and whole_coco else {}
+    return judge(row, bar)
 
 
-def score_all(case: Case) -> Callable[[], np.ndarray]:
-    """Return the scoring of all pairs by lib/retrieval, on tokens batched as encoding does."""
+def score_all(case: Case) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
+    """Return the scoring of a first block of images, and of all, with all captions.
+
+    It is lib/retrieval's, on tokens batched as encoding does.
+    """
     model, batches = case.model(), {"images": [], "captions": []}
     for side, count in (("images", case.images), ("captions", case.captions)):
         for number, part in enumerate(parts_of(count)):
@@ -238,7 +255,11 @@ def score_all(case: Case) -> Callable[[], np.ndarray]:
             batches[side].append(tokens)
     autocast = autocast_for(case.amp, torch.device(case.device))
     texts = regroup(batches["captions"], TEXTS_AT_ONCE)
-    return lambda: similarity_matrix(model, batches["images"], texts, autocast)
+
+    def score(images: list[Tokens]) -> Callable[[], np.ndarray]:
+        return lambda: similarity_matrix(model, images, texts, autocast)
+
+    return score(batches["images"][:1]), score(batches["images"])
 
 
 def score_block(case: Case, captions: int) -> Callable[[], torch.Tensor]:

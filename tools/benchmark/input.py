@@ -15,8 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image  # torchvision needs it: it is there
-from torchvision import transforms
+from torch import Tensor
 
 from lib.data.image_cache import ImageCache
 from lib.data.images import CROP_SCALE
@@ -71,6 +70,8 @@ def _row(task: str, name: str, per_image: dict[str, float]) -> dict[str, Any]:
 
 
 def _ways(train: bool, files: list[str], cache_folder: Path) -> dict[str, Callable[[int], Any]]:
+    from PIL import Image  # torchvision needs it: it is there
+
     transform = field_transform(train)
     plain = ImageFolderSource(files, IMG_RES, augment=train)
     cached = ImageFolderSource(files, IMG_RES, augment=train, cache=ImageCache(cache_folder))
@@ -90,8 +91,10 @@ def _over_all(way: Callable[[int], Any], images: int) -> Callable[[], None]:
     return call
 
 
-def field_transform(train: bool) -> transforms.Compose:
+def field_transform(train: bool) -> Callable[[Any], Tensor]:
     """Return torchvision's PIL image -> normalised float pixels (3, IMG_RES, IMG_RES)."""
+    from torchvision import transforms  # slow to import, and only the rival needs it
+
     bicubic = transforms.InterpolationMode.BICUBIC
     size = [transforms.Resize((IMG_RES, IMG_RES), interpolation=bicubic)]
     if train:

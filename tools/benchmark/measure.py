@@ -27,24 +27,29 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STATUS = Path("/proc/self/status")
 
 
-def add_measuring(parser: argparse.ArgumentParser, repeats: int = 3) -> None:
+def add_measuring(
+    parser: argparse.ArgumentParser, repeats: int = 3, clock: str | None = "wall"
+) -> None:
     """Add the flags that say how is measured."""
     parser.add_argument("--repeats", type=int, default=repeats, help="the median of so many")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and lengths")
     parser.add_argument(
         "--amp",
         default=None,
-        choices=["off", "bf16"],
+        choices=["off", "bf16", "fp16"],
         help="arithmetic of both ways; default: off on the CPU, bf16 on CUDA",
     )
     parser.add_argument(
         "--clock",
-        default="wall",
+        default=clock,
         choices=sorted(CLOCKS),
         help="cpu: the process's CPU seconds, which other work on the machine hardly touches; "
         "with one thread (OMP_NUM_THREADS=1), as threads that wait count too",
     )
     parser.add_argument("--memory", type=int, default=1, help="0: peak memory is not measured")
+    parser.add_argument(
+        "--roofline", type=int, default=1, help="0: the machine's own limits are not measured"
+    )
 
 
 def torch_device(name: str) -> torch.device:
@@ -106,13 +111,17 @@ def seconds_of(call: Callable[[], Any], device: torch.device, clock: str = "wall
 
 
 def side_by_side(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, clock: str = "wall"
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    clock: str = "wall",
+    warm_up: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, float]:
     """Return each call's median seconds; the calls take turns, after one warm-up each.
 
-    Taking turns, a disturbance of the machine hits both.
+    Taking turns, a disturbance of the machine hits both. `warm_up` has shorter calls for it.
     """
-    for call in calls.values():
+    for call in {**calls, **(warm_up or {})}.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):

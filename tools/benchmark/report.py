@@ -5,12 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from typing import Any
-
-import torch
-
-from lib.retrieval.comparison import machine_name
 
 WIDTH = 110
 # what a bar speaks of: how it is told, and how it is found in a row
@@ -20,6 +15,7 @@ MOST = {
     "memory": ("mem<={:g}", lambda row: row["memory_ratio"]),
     "gigabytes": ("<={:g}GB", lambda row: row["ours_memory"] and row["ours_memory"] / 1e9),
     "seconds": ("<={:g}s", lambda row: row["seconds"]),
+    "of_text": ("<={:g}x text", lambda row: row["of_text"]),  # the encoder's seconds
 }
 
 
@@ -47,17 +43,6 @@ def _quotient(first: float | None, second: float | None) -> float | None:
     return None if first is None or not second else first / second
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """Return machine, date and versions."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "machine": machine_name(gpu),
-        "threads": torch.get_num_threads(),
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-    }
-
-
 # --- the page ------------------------------------------------------------------------------------
 
 
@@ -72,19 +57,64 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def filled(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the columns that any row fills, each with its cells."""
+    columns = [(head, [show(row) for row in rows]) for head, show in COLUMNS.items()]
+    return [(head, cells) for head, cells in columns if any(cells)]
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of the table; columns that no row fills are left out."""
-    shown = [
-        (head, [show(row) for row in rows])
-        for head, show in COLUMNS.items()
-        if any(show(row) for row in rows)
-    ]
+    shown = filled(rows)
     widths = [max(len(head), *map(len, cells)) for head, cells in shown]
     lines = ["  ".join(_aligned([head for head, _ in shown], widths))]
     lines.append("  ".join("-" * width for width in widths))
     for number in range(len(rows)):
         lines.append("  ".join(_aligned([cells[number] for _, cells in shown], widths)))
     return [line.rstrip() for line in lines]
+
+
+def measured(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows with numbers."""
+    return [row for row in rows if not (row.get("failed") or row.get("left_out"))]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of the same table in Markdown, as docs/performance.md has it."""
+    shown = filled(measured(rows))
+    heads = [{"loop": "official way"}.get(head, head) for head, _ in shown]
+    lines = [_cells(heads), "|".join(["", "---", *["---:"] * (len(shown) - 1), ""])]
+    lines += [_cells(cells) for cells in zip(*(cells for _, cells in shown), strict=True)]
+    return lines + unmeasured(rows)
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def unmeasured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what failed, a line each with its reason, and in one line what was left out."""
+    failed = [f"- {row['name']}: failed, {row['failed']}" for row in rows if row.get("failed")]
+    missing = [row["name"] for row in rows if row.get("left_out")]
+    told = [f"Left out, as the time did not suffice: {'; '.join(missing)}."] if missing else []
+    return [*([""] if failed or told else []), *failed, *told]
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line a bar: what was asked, what was found, and whether that is met."""
+    lines = []
+    for row in rows:
+        for what, limit in (row.get("bar") or {}).items():
+            told, found_in = {**LEAST, **MOST}[what]
+            reason = row.get("failed") or row.get("left_out")
+            if reason:
+                lines.append(f"{row['name']}: {told.format(limit)} not measured ({reason})")
+                continue
+            found = found_in(row)
+            met = found is not None and (found >= limit if what in LEAST else found <= limit)
+            verdict = "not measured" if found is None else "met" if met else "MISSED"
+            lines.append(f"{row['name']}: {told.format(limit)} {verdict} ({_number(found)})")
+    return lines
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -121,6 +151,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "loop": lambda row: _number(row.get("loop")),
     "ours": lambda row: _number(row.get("ours")),
     "unit": lambda row: row.get("unit", ""),
+    "part": lambda row: f"{100 * row['part']:.0f}%" if "part" in row else "",
     "ratio": lambda row: f"{_number(row['ratio'])}x" if row.get("ratio") else "",
     "MiB": _memory,
     "roofline": lambda row: f"{100 * row['share']:.0f}%" if row.get("share") is not None else "",

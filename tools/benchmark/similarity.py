@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -179,11 +180,19 @@ def minutes_needed(cases: list[Case], args: argparse.Namespace) -> float:
 # --- one row -------------------------------------------------------------------------------------
 
 
-def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the row of one case: pairs a second and added peak memory of both ways."""
+def measure_case(
+    case: Case,
+    args: argparse.Namespace,
+    bar: Mapping[str, float] | None = None,
+    with_loop: bool = True,
+) -> dict[str, Any]:
+    """Return the row of one case: pairs a second and added peak memory of both ways.
+
+    It is judged by `bar`, where none is given by that of `BARS`.
+    """
     device = torch_device(case.device)
     captions = loop_captions(case, args)
-    fits = loop_memory(case) < USABLE * free_memory(device)
+    fits = with_loop and loop_memory(case) < USABLE * free_memory(device)
     seconds = time_case(case, captions if fits else None, args.repeats, device, args.clock)
     row = {
         "name": case.name,
@@ -195,14 +204,15 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "mean_words": sum(case.lengths) / case.captions,
         "amp": case.amp,
         "clock": args.clock,
-        **roofline(least_work(case), seconds["ours"], device, case.amp, args.clock),
     }
+    if args.roofline:
+        row.update(roofline(least_work(case), seconds["ours"], device, case.amp, args.clock))
     if args.memory:
         row["ours_memory"] = peak_memory(case, "ours", case.captions, device)
         row["loop_memory"] = peak_memory(case, "loop", captions, device) if fits else None
     if not fits:
         row["note"] = f"loop not run: it needs about {loop_memory(case) / 2**30:.0f} GiB"
-    return judge(row, bar_of(case, device))
+    return judge(row, bar_of(case, device) if bar is None else bar)
 
 
 def time_case(

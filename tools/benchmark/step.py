@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, ViTConfig
 
 from lib.batch import Batch
 from lib.methods.base import Method
@@ -76,6 +75,8 @@ class StepCase:
         )
         configs: dict[str, Any] = {}
         if self.encoders == "base":
+            from transformers import BertConfig, ViTConfig  # slow to import
+
             configs = {"image_config": ViTConfig().to_dict(), "text_config": BertConfig().to_dict()}
         else:
             vars(args).update(vit_type="tiny", bert_path="tiny")
@@ -136,8 +137,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_step(case: StepCase, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the row of one case: steps a second and peak memory of both ways."""
+def measure_step(
+    case: StepCase, args: argparse.Namespace, bar: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Return the row of one case: steps a second and peak memory of both ways.
+
+    It is judged by `bar`, where none is given by that of the batch.
+    """
     device = torch_device(case.device)
     model = case.model()
     pairs = similarity_case(case, model)
@@ -151,18 +157,20 @@ def measure_step(case: StepCase, args: argparse.Namespace) -> dict[str, Any]:
         seconds = side_by_side(calls, args.repeats, device)
         row.update({way: 1 / seconds[way] for way in ways}, amp=case.amp)
         work = step_work(case, model, pairs)
-        row.update(roofline(work, seconds["ours"], device, case.amp))
+        if args.roofline:
+            row.update(roofline(work, seconds["ours"], device, case.amp))
         calls.clear()
         del model, peer
         if args.memory:
             row.update({f"{way}_memory": whole_peak(case, way, device) for way in ways})
     except torch.cuda.OutOfMemoryError:
         return dict(row, note=", ".join([*notes, "out of memory"]), met=False)
-    bar = BARS.get(case.batch, {})
-    wanted = device.type == "cuda" and case.amp == "bf16" and case.encoders == "base"
+    if bar is None:
+        wanted = device.type == "cuda" and case.amp == "bf16" and case.encoders == "base"
+        bar = BARS.get(case.batch, {}) if wanted else {}
     if device.type == "cpu":
         notes.append("the bar is for CUDA")
-    return dict(judge(row, bar if wanted else {}), note=", ".join(notes))
+    return dict(judge(row, bar), note=", ".join(notes))
 
 
 def step_of(case: StepCase, way: str, model: Method) -> Callable[[], None]:
