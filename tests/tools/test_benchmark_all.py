@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.model.precision import autocast_for
-from tools.benchmark import epoch, report, whole
+from tools.benchmark import budget, epoch, report, whole
 from tools.benchmark.__main__ import main
 from tools.benchmark.budget import OutOfTime, Planned, stopped_after, within
 from tools.benchmark.machine import circumstances, driver_version
@@ -55,15 +55,29 @@ def test_what_fails_is_a_row_with_its_reason_and_the_rest_goes_on():
     assert rows[0]["met"] is None
 
 
-def test_what_does_not_fit_is_named_and_shorter_work_goes_on():
-    slow = planned("slow", lambda: time.sleep(0.3) or rows_of("slow"), "long")
-    again = planned("again", lambda: rows_of("again"), "long")
-    short = planned("short", lambda: rows_of("short"), "short")
-    guessed = planned("guessed", lambda: rows_of("guessed"), "other", guess=100)
-    rows = list(within([slow, again, guessed, short], 1.5))
-    assert [row["name"] for row in rows if "ours" in row] == ["slow", "short"]
-    assert "0 s were left, and it takes about 100" in rows[2]["left_out"]
-    assert "left_out" in rows[1]
+def test_what_does_not_fit_is_named_and_shorter_work_goes_on(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def taking(name: str, seconds: float, kind: str, guess: float = 0.0) -> Planned:
+        def measure():
+            now[0] += seconds
+            return rows_of(name)
+
+        return planned(name, measure, kind, guess)
+
+    plan = [
+        taking("first", 30, "a", guess=50),
+        taking("second", 10, "a"),  # as long as the first would still fit
+        taking("third", 40, "b"),
+        taking("never", 40, "b"),
+        taking("guessed", 1, "c", guess=21),
+        taking("short", 10, "a"),
+    ]
+    rows = list(within(plan, 101))
+    assert [row["name"] for row in rows if "ours" in row] == ["first", "second", "third", "short"]
+    assert rows[3]["left_out"] == "20 s were left, and it takes about 40"
+    assert rows[4]["name"] == "guessed"
 
 
 def test_the_end_of_the_budget_stops_what_is_under_way():
@@ -138,7 +152,7 @@ def test_one_call_measures_and_tells(tmp_path, capsys, monkeypatch):
     def few(*args, **more):
         plan = kept(*args, **more)
         bad = planned("bad row", fails(RuntimeError("no such thing")), bar={"seconds": 10})
-        return [*plan[:3], bad, *plan[-3:], planned("never", lambda: [], guess=1e9)]
+        return [*plan[:3], bad, *plan[-3:], planned("never", lambda: [], "never", guess=1e9)]
 
     monkeypatch.setattr(whole, "plan", few)
     path = tmp_path / "rows.json"
@@ -155,6 +169,7 @@ def test_one_call_measures_and_tells(tmp_path, capsys, monkeypatch):
     assert "Left out, as the time did not suffice: never." in told
     assert "- bad row: <=10s not measured (no such thing)" in told
     assert found["versions"]["torch"].split("+")[0] in told
+    assert "- step growth: time ~ n^" in told
 
 
 def test_a_budget_below_a_second_is_refused(capsys):

@@ -192,23 +192,10 @@ def scoring_row(
     given by that of COCO 5K on CUDA.
     """
     device = torch_device(args.device)
-    default = SAMPLE if device.type == "cpu" else COCO
-    images, captions = args.images or default[0], args.captions or default[1]
-    whole = Case(
-        method=method,
-        mode="eval",
-        patches=args.patches,
-        words=None,
-        images=images,
-        captions=captions,
-        embed_size=args.embed_size,
-        device=args.device,
-        amp=amp_of(args),
-        seed=args.seed,
-    )
-    block = replace(
-        whole, images=min(images, args.loop_images), captions=min(captions, TEXTS_AT_ONCE)
-    )
+    whole = scored_case(method, args)
+    images, captions = whole.images, whole.captions
+    at_once = {"images": min(images, args.loop_images), "captions": min(captions, TEXTS_AT_ONCE)}
+    block = replace(whole, **at_once)
     few = min(block.captions, args.loop_captions or (8 if device.type == "cpu" else 1024))
     first, ours = score_all(whole)
     loop = score_block(block, few)
@@ -238,6 +225,23 @@ def scoring_row(
         whole_coco = (images, captions, args.embed_size) == (*COCO, 512)
         bar = {"seconds": COCO_SECONDS} if barred and whole_coco else {}
     return judge(row, bar)
+
+
+def scored_case(method: str, args: argparse.Namespace) -> Case:
+    """Return what is scored: COCO 5K, or what --images and --captions leave of it."""
+    default = SAMPLE if torch_device(args.device).type == "cpu" else COCO
+    return Case(
+        method=method,
+        mode="eval",
+        patches=args.patches,
+        words=None,
+        images=args.images or default[0],
+        captions=args.captions or default[1],
+        embed_size=args.embed_size,
+        device=args.device,
+        amp=amp_of(args),
+        seed=args.seed,
+    )
 
 
 def score_all(case: Case) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:

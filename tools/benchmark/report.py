@@ -76,7 +76,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows with numbers."""
-    return [row for row in rows if not (row.get("failed") or row.get("left_out"))]
+    return [row for row in rows if row.get("ours") is not None]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:

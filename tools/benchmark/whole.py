@@ -110,16 +110,15 @@ def run(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """Return the table for people, that for docs/performance.md, and the verdicts."""
+    """Return the table as docs/performance.md has it, the notes of its rows, and the verdicts."""
     rows = found["rows"]
-    with_numbers = dict(found, rows=report.measured(rows))
     judged = report.verdicts(rows) or ["none: bars are judged on CUDA at full sizes"]
     facts = [f"{name} {found[name]}" for name in ("driver", "cuda") if found.get(name)]
     facts += [f"{name} {version}" for name, version in found["versions"].items()]
-    lines = [report.page(with_numbers) if with_numbers["rows"] else "nothing was measured"]
-    lines += ["", f"{found['machine']}; {', '.join(facts)}; {found['date']}"]
-    lines += [f"`{found['command']}`", *plain_form(rows), "", *report.markdown(rows), "", "Bars:"]
-    return "\n".join([*lines, *(f"- {line}" for line in judged)])
+    lines = [f"{found['machine']}; {', '.join(facts)}; {found['date']}", f"`{found['command']}`"]
+    lines += [*plain_form(rows), "", *report.markdown(rows), ""]
+    lines += [f"- {row['name']}: {row['note']}" for row in rows if row.get("note")]
+    return "\n".join([*lines, "", "Bars:", *(f"- {line}" for line in judged)])
 
 
 def plain_form(rows: Sequence[Row]) -> list[str]:
@@ -158,7 +157,7 @@ def plan(args: argparse.Namespace, sizes: Sizes, judged: bool) -> list[Planned]:
         step_planned(args, sizes, "laps", "bf16", sizes.large_batch),
         coco_planned(args, sizes, "seps"),
         passes_planned(args, sizes),
-        epoch_planned(args, sizes),
+        epoch_planned(args, sizes, judged),
         growth_planned(args, sizes),
     ]
 
@@ -296,13 +295,19 @@ def passes_planned(args: argparse.Namespace, sizes: Sizes) -> Planned:
     )
 
 
-def epoch_planned(args: argparse.Namespace, sizes: Sizes) -> Planned:
+def epoch_planned(args: argparse.Namespace, sizes: Sizes, judged: bool) -> Planned:
     """Return where an epoch's and an evaluation's time goes, features frozen."""
+    hidden = () if judged else ("bar", "met")
     given = {"method": "laps", "mode": "hardest", "batch": sizes.batch, "clock": None}
     made = {"patches": sizes.patches[0], "image_width": 768, "encoded": 8 * sizes.batch}
     text = dict(zip(("text_layers", "text_width"), sizes.text, strict=True))
     asked = settings(args, sizes, **given, **made, **text, scored=sizes.captions, amp="off")
-    return Planned("epoch", "epoch", lambda: epoch.run(asked), sizes.guess("epoch"))
+
+    def measure() -> list[Row]:
+        rows = epoch.run(asked)
+        return [{key: row[key] for key in row if key not in hidden} for row in rows]
+
+    return Planned("epoch", "epoch", measure, sizes.guess("epoch"))
 
 
 def growth_planned(args: argparse.Namespace, sizes: Sizes) -> Planned:
