@@ -324,6 +324,7 @@ def test_tokens_that_are_no_grid_are_refused():
 
 def test_offline_is_named_as_the_reason(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at its import
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         build_image_encoder("nobody/nothing-here", 32, 32)
 
