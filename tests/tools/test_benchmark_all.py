@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from lib.model.precision import autocast_for
+from tests.test_imports import ROOT
 from tools.benchmark import budget, epoch, report, whole
 from tools.benchmark.__main__ import main
 from tools.benchmark.budget import OutOfTime, Planned, stopped_after, within
@@ -267,3 +270,23 @@ def test_epoch_command(method, tmp_path, capsys):
 def test_epochs_wrong_flags(flags, told, capsys):
     assert main(["epoch", *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+# --- missing libraries ---------------------------------------------------------------------------
+
+WITHOUT = """
+import sys
+for name in "cv2 torchvision PIL tensorboard matplotlib triton".split():
+    sys.modules[name] = None
+from tools.benchmark.__main__ import main
+print(main(["all", "--budget", "1"]), main(["input"]))
+"""
+
+
+def test_a_machine_that_has_torch_and_transformers_alone_measures():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 2"
+    assert "Left out, as the time did not suffice: laps eval" in done.stdout
+    assert "error: tools.benchmark input needs cv2, which is not installed" in done.stderr
