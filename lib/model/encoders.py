@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from lib.model.preprocessing import Preprocessing, choose_preprocessing
 from lib.model.sentence import SentenceEncoder
 from lib.model.text_backbones import most_positions, text_hidden
 from lib.model.timm_backbones import PREFIX, TimmConfig, build_timm, timm_preprocessing
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 def _projection(width: int, embed_size: int) -> nn.Module:
@@ -242,7 +239,7 @@ def build_image_encoder(
     `tiny` is (width, layers, patch size) of the encoder trained from scratch; `image_norm` as
     `choose_preprocessing` takes it.
     """
-    source: PretrainedConfig | TimmConfig | str
+    source: Any  # a config, or where one lies
     backbone: nn.Module
     preprocessing, folder = None, None
     if config is not None:
@@ -297,7 +294,7 @@ def build_text_encoder(
     One made from scratch has at least so many `positions`.
     Raises InputError where `max_word` exceeds the positions or the vocabularies disagree.
     """
-    source: PretrainedConfig | TimmConfig | str
+    source: Any  # a config, or where one lies
     if config is not None:
         source = saved_config(config)
     elif bert_path == "tiny":
