@@ -20,7 +20,13 @@ from lib.retrieval.metrics import RECALL_AT, QueryRanks, query_ranks
 from lib.retrieval.progress import progress_bar
 from lib.retrieval.protocol import protocol_of
 from lib.retrieval.shards import RowStore
-from lib.retrieval.similarity import encode_batches, encoded, gathered_texts, similarity_matrix
+from lib.retrieval.similarity import (
+    encode_batches,
+    encoded,
+    gathered_texts,
+    shard,
+    similarity_matrix,
+)
 
 COCO_FOLDS = 5
 PUBLISHED_NAMES = {("f30k", 1000): "f30k_1k", ("coco", 5000): "coco_5k"}
@@ -125,8 +131,9 @@ def score_split(
     pairs = loaders.num_images * captions
     with progress_bar("pairs", pairs, finished * captions, show_progress) as bar:
         keep = None if store is None else store.add
+        mine = len(shard(loaders.num_images))
         matrix = similarity_matrix(
-            model, images, everyones, autocast, bar.update, device, done, keep
+            model, images, everyones, autocast, mine, bar.update, device, done, keep
         )
     model.train(training)
     return SplitScores(matrix, carried.anywhere())

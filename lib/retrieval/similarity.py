@@ -97,6 +97,7 @@ def similarity_matrix(
     images: Iterable[Tokens],
     texts: Iterable[Tokens],
     autocast: Callable,
+    count: int,
     progress: Progress = lambda count: None,
     device: torch.device | str = "cpu",
     done: Sequence[np.ndarray] = (),
@@ -104,27 +105,31 @@ def similarity_matrix(
 ) -> np.ndarray | None:
     """Return the similarity of all ranks' images with all captions, (N_images, N_captions) float32.
 
-    `images` are this rank's, in parts that are taken one by one; `texts` are all captions, in
-    groups. `done` are this rank's rows before those, already scored; `keep` is called with each new
-    block of rows and its first row. Rank 0 returns the whole matrix, others None; what goes wrong
-    on one rank is raised on all.
+    `images` are this rank's, `count` at most, in parts that are taken one by one; `texts` are all
+    captions, in groups. `done` are this rank's rows before those, already scored; `keep` is called
+    with each new block of rows and its first row. Rank 0 returns the whole matrix, others None;
+    what goes wrong on one rank is raised on all.
     """
     with autocast():
         groups = [model.bucketed(group) for group in texts]
-    rows = list(done)
-    count = sum(map(len, rows))
+    rows = np.empty(
+        (count, sum(map(len, groups))), np.float32
+    )  # one piece: it is taken as it fills
+    first = 0
+    for block in done:
+        rows[first : first + len(block)] = block
+        first += len(block)
     with together():
         for part in images:
+            block = rows[first : first + len(part)]
             with autocast():
                 prepared = model.prepare_images(part)  # once an image
                 maps = (model.prepared_maps(prepared, group) for group in groups)
                 columns = [one["similarity"].float() for one in maps]
-            rows.append(torch.cat(columns, dim=1).cpu().numpy())  # the device is waited for once
+            block[:] = torch.cat(columns, dim=1).cpu().numpy()  # the device is waited for once
             if keep is not None:
-                keep(count, rows[-1])
-            count += len(rows[-1])
-            progress(rows[-1].size)
-    width = sum(map(len, groups))
-    mine = np.concatenate(rows) if rows else np.empty((0, width), np.float32)
-    whole = rows_on_main(torch.from_numpy(mine), device)
+                keep(first, block)
+            first += len(block)
+            progress(block.size)
+    whole = rows_on_main(torch.from_numpy(rows[:first]), device)
     return None if whole is None else whole.numpy()

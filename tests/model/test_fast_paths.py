@@ -370,7 +370,8 @@ def test_evaluation_prepares_each_image_once(method, monkeypatch):
     with torch.inference_mode():
         whole = model.similarity(images, texts)
         seen.clear()
-        found = similarity_matrix(model, [images[:4], images[4:]], parts, torch.inference_mode)
+        halves = [images[:4], images[4:]]
+        found = similarity_matrix(model, halves, parts, torch.inference_mode, len(images))
     assert sum(seen) == 6
     torch.testing.assert_close(torch.from_numpy(found), whole, atol=1e-5, rtol=0)
 

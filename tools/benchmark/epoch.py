@@ -298,7 +298,8 @@ def scoring(
     words = encode_batches(model.encode_text_batch, texts, device, autocast)
     times = math.ceil(captions / sum(map(len, words)))
     group = Tokens.cat(words * times)[:captions]
-    return lambda: similarity_matrix(model, images, [group], autocast)
+    count = sum(map(len, images))
+    return lambda: similarity_matrix(model, images, [group], autocast, count)
 
 
 def _batches(batch: Batch, names: Sequence[str]) -> list[Batch]:

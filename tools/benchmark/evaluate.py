@@ -261,7 +261,7 @@ def score_all(case: Case) -> tuple[Callable[[], np.ndarray], Callable[[], np.nda
     texts = regroup(batches["captions"], TEXTS_AT_ONCE)
 
     def score(images: list[Tokens]) -> Callable[[], np.ndarray]:
-        return lambda: similarity_matrix(model, images, texts, autocast)
+        return lambda: similarity_matrix(model, images, texts, autocast, case.images)
 
     return score(batches["images"][:1]), score(batches["images"])
 

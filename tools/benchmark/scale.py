@@ -133,7 +133,7 @@ def evaluation(case: Case) -> Callable[[], dict]:
 
     def evaluate() -> dict:
         parts = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
-        return recall_metrics(similarity_matrix(model, parts, [texts], autocast))
+        return recall_metrics(similarity_matrix(model, parts, [texts], autocast, len(images)))
 
     return evaluate
 
