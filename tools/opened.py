@@ -27,6 +27,7 @@ from lib.retrieval.search import Searcher
 from lib.retrieval.shortlist import saved_shortlist
 from vocab import WordTokenizer, checkpoint_tokenizer
 
+ANY_TEXT = "a"  # a dense text where what it says makes no difference
 READING = {  # what `data.read_split` and its loaders read, for checkpoints that lack it
     "dataset": "f30k",
     "data_path": "data/",
@@ -100,7 +101,15 @@ class Opened:
             yield batch, places, bad
 
     def photo(self, file: str | Path, dense: str | None = None) -> Batch:
-        """Return one photo as a batch. Raises InputError where it can't be decoded."""
+        """Return one photo as a batch; `dense` is read where images own their dense texts.
+
+        Raises InputError where the photo can't be decoded, or that text is missing.
+        """
+        if self.model.dense_owner == "image" and dense is None:
+            raise InputError(
+                f"{self.model.name} reads a dense text with each picture: give that of {file} with "
+                "--dense"
+            )
         ((batch, _, bad),) = self.photos([str(file)], None if dense is None else [dense])
         if bad:
             raise InputError(f"{file} is no picture that can be decoded: give a JPEG or PNG file")
@@ -110,7 +119,7 @@ class Opened:
         """Return a black image, with a dense text where the model wants one."""
         pixels = torch.zeros(3, *image_size(self.args.img_res), dtype=torch.uint8)
         wanted = self.model.dense_owner == "image"
-        words = self.tokenizer.encode("a", self.dense_words) if wanted else None
+        words = self.tokenizer.encode(ANY_TEXT, self.dense_words) if wanted else None
         return Collate(self.tokenizer.pad_id)([Sample(0, pixels, dense_ids=words)])[0]
 
     def captions(self, texts: Sequence[str], dense: str | None = None) -> Batch:

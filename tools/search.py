@@ -21,9 +21,18 @@ from lib.program import program, run_program
 from lib.retrieval.compaction import DEAD_AT_MOST, compact
 from lib.retrieval.index import Part, PictureIndex, Plan, find_pictures, merge_indices
 from lib.retrieval.records import STORES
-from lib.retrieval.search import QUERY_MAP, SHORTLIST, Hit, Searcher, fill_index, vector_dimension
+from lib.retrieval.search import (
+    QUERY_MAP,
+    SHORTLIST,
+    Hit,
+    Searcher,
+    fill_index,
+    matches_dense,
+    vector_dimension,
+)
 from lib.retrieval.shortlist import KINDS, saved_shortlist
 from tools.opened import (
+    ANY_TEXT,
     Opened,
     add_checkpoint_flags,
     open_from_flags,
@@ -204,7 +213,9 @@ def read_pictures(
             yield batch, places
 
     with tqdm(total=len(files), unit=" pictures", ncols=80, leave=False) as bar:
-        read = fill_index(opened.model, found, plan, part, batches(), opened.device, bar.update)
+        read = fill_index(
+            opened.model, found, plan, part, batches(), opened.device, bar.update, texts
+        )
     seconds = time.perf_counter() - started
     if read:
         print(f"{read} pictures in {seconds:.1f} s, {read / seconds:.1f} a second")
@@ -294,7 +305,10 @@ def query(args: argparse.Namespace) -> None:
         return print_captions(searcher, opened, args)
     started = time.perf_counter()
     if args.image:
-        hits = searcher.similar(opened.photo(args.image, args.dense), args.top)
+        dense = args.dense
+        if dense is None and not matches_dense(opened.model):
+            dense = ANY_TEXT  # no global vector depends on it
+        hits = searcher.similar(opened.photo(args.image, dense), args.top)
     else:
         batch = query_batch(opened, args.text)
         searcher.find(batch, args.top)  # the first one loads what is loaded once

@@ -121,7 +121,8 @@ class Page:
             if self.searcher.index.pictures[picture].path != path:
                 raise IndexError
             file = str(self.searcher.index.file(picture))
-            image = self.opened.photo(file)
+            dense = self.searcher.index.dense_texts(np.array([picture]))
+            image = self.opened.photo(file, dense and dense[0])
         except (IndexError, InputError, OSError):
             return None, f"{path} can't be read any more: index the folder again."
         (evidence,) = gather_evidence(

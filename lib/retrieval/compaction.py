@@ -68,7 +68,8 @@ def _write_anew(index: PictureIndex, shards: list[str]) -> None:
     for first in range(0, len(rows), SHARD_PICTURES):
         part = rows[first : first + SHARD_PICTURES]
         pictures = [index.pictures[one] for one in part]
-        written = index.add_shard(Part(), pictures, index.vectors_of(part), index.records(part))
+        kept = index.vectors_of(part), index.records(part), index.dense_texts(part)
+        written = index.add_shard(Part(), pictures, *kept)
         _settle(written)
 
 

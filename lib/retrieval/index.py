@@ -28,6 +28,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.files import read_json, write_json
 from lib.retrieval.records import RecordFile, joined
+from lib.retrieval.shard_texts import read_texts, write_texts
 
 MANIFEST, SHARDS = "manifest.json", "shards"
 FORMAT, VERSION = "picture-index", 1
@@ -244,6 +245,19 @@ class PictureIndex:
             whole[mine] = part
         return whole
 
+    def dense_texts(self, pictures: np.ndarray) -> list[str] | None:
+        """Return the dense texts that some pictures were read with; None where they had none."""
+        numbers, found = self.shard_of[pictures], [""] * len(pictures)
+        for number in np.unique(numbers):
+            mine = np.flatnonzero(numbers == number)
+            rows = self.row_of[pictures[mine]].tolist()
+            texts = read_texts(self.folder / SHARDS / self.shards[number], rows)
+            if texts is None:
+                return None
+            for place, text in zip(mine, texts, strict=True):
+                found[place] = text
+        return found
+
     def reading_order(self, pictures: np.ndarray) -> np.ndarray:
         """Return the places in `pictures` in the order in which their records lie on disk."""
         return np.lexsort((self.row_of[pictures], self.shard_of[pictures]))
@@ -295,11 +309,16 @@ class PictureIndex:
         return fingerprint(self.picture_folder / path) != known.sha256
 
     def add_shard(
-        self, part: Part, pictures: Sequence[Picture], vectors: np.ndarray, records: np.ndarray
+        self,
+        part: Part,
+        pictures: Sequence[Picture],
+        vectors: np.ndarray,
+        records: np.ndarray,
+        dense: Sequence[str] | None = None,
     ) -> Path:
         """Write a shard, whole or not at all; entries that are gone come last, without rows.
 
-        Return its folder.
+        `dense` are the rows' dense texts. Return its folder.
         """
         shards = self.folder / SHARDS
         shards.mkdir(exist_ok=True)
@@ -315,6 +334,8 @@ class PictureIndex:
             if len(vectors):
                 np.save(temporary / "vectors.npy", vectors.astype(np.float32))
                 np.save(temporary / "records.npy", records)
+            if dense is not None:
+                write_texts(temporary, dense)
             os.replace(temporary, shards / name)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -85,10 +85,12 @@ def fill_index(
     batches: Iterable[tuple[Batch | None, list[int]]],
     device: torch.device,
     progress: Callable[[int], None] = lambda count: None,
+    dense: Sequence[str] | None = None,
 ) -> int:
     """Add the pictures of the plan to the index, shard by shard; return how many were read.
 
     `batches` yields (images, their places in `plan.to_read`); a bad picture is in none of them.
+    `dense` are the texts of those in `plan.to_read`, kept to show later what was seen.
     What stops this, Ctrl-C too, leaves whole shards, and the one begun is finished first.
     """
     shard = _Shard(index, part)
@@ -97,7 +99,8 @@ def fill_index(
         for batch, places in batches:
             if batch is not None:
                 images = model.encode_image_batch(batch.to(device))
-                shard.add([plan.to_read[one] for one in places], model, images)
+                texts = None if dense is None else [dense[one] for one in places]
+                shard.add([plan.to_read[one] for one in places], model, images, texts)
                 count += len(places)
             progress(len(places))
             if len(shard) >= SHARD_PICTURES:
@@ -120,11 +123,14 @@ class _Shard:
         self.pictures: list[Picture] = []
         self.vectors: list[np.ndarray] = []
         self.records: list[np.ndarray] = []
+        self.dense: list[str] = []
 
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def add(self, paths: Sequence[str], model: Method, images: Tokens) -> None:
+    def add(
+        self, paths: Sequence[str], model: Method, images: Tokens, dense: list[str] | None
+    ) -> None:
         vectors, records = encode_records(model, images, self.index.manifest["store"])
         for path in paths:
             file = self.index.picture_folder / path
@@ -132,6 +138,7 @@ class _Shard:
             self.pictures.append(Picture(path, stat.st_size, stat.st_mtime_ns, fingerprint(file)))
         self.vectors.append(vectors)
         self.records.append(records)
+        self.dense += dense or []
 
     def write(self, gone: Sequence[str]) -> None:
         if not self.pictures and not gone:
@@ -141,7 +148,7 @@ class _Shard:
             vectors, records = np.concatenate(self.vectors), joined(self.records)
         else:
             vectors, records = np.empty((0, 0)), np.empty(0)
-        self.index.add_shard(self.part, entries, vectors, records)
+        self.index.add_shard(self.part, entries, vectors, records, self.dense or None)
         self._clear()
 
 

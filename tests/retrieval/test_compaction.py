@@ -30,12 +30,15 @@ def add(index: PictureIndex, version: int, names: list[str], gone: list[str] = (
     pictures += [Picture(name, gone=True) for name in gone]
     values = torch.full((count, 3, 4), float(version))
     records = pack({"patches": values}, "float16", 4) if count else np.empty(0)
-    index.add_shard(Part(), pictures, np.full((count, 2), version), records)
+    dense = [f"{name} {version}\u2028" for name in names]
+    index.add_shard(Part(), pictures, np.full((count, 2), version), records, dense or None)
     index.refresh()
 
 
 def content(index: PictureIndex) -> dict[str, tuple[int, float, float]]:
-    """What each picture's entry, vector and record say."""
+    """What each picture's entry, vector and record say; its dense text says the same."""
+    texts = index.dense_texts(np.arange(len(index)))
+    assert texts == [f"{picture.path} {picture.size}\u2028" for picture in index.pictures]
     records = unpack(index.records(np.arange(len(index))))["patches"]
     return {
         picture.path: (picture.size, float(index.vectors[row, 0]), float(records[row, 0, 0]))
@@ -131,7 +134,7 @@ def test_a_reader_that_was_open_is_told_to_open_again(tmp_path):
     reader = PictureIndex.open(index.folder)
     compact(index)
     with pytest.raises(InputError, match="open it again"):
-        content(reader)
+        reader.records(np.arange(len(reader)))
 
 
 def test_any_history_is_kept(tmp_path):

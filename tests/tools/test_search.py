@@ -192,6 +192,12 @@ def test_dense_texts_are_read_or_done_without(photos, make_checkpoint, tmp_path,
     assert PictureIndex.open(tmp_path / "with").manifest["dense_side"] == "image"
     found = [searched(capsys, tmp_path / one, QUERY)[0][1] for one in ("without", "with")]
     assert found[0] != found[1]
+    name = sorted(find_pictures(photos))[5]  # a similar picture is found without its dense text
+    similar = searched(capsys, tmp_path / "with", "--image", str(photos / name))
+    assert similar[0][2] == name
+    lists = ["--image", str(photos / name), "--captions", str(dense)]
+    assert main(["query", str(tmp_path / "with"), *lists]) == 2
+    assert "with --dense" in capsys.readouterr().err
     dense.write_text("\n".join(lines[1:]))
     assert index(photos, checkpoint, tmp_path / "some", "--dense", str(dense)) == 2
     matching = make_checkpoint("seps", dense_side="image", dense_match="max_mean")
