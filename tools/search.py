@@ -44,7 +44,7 @@ from tools.opened import (
 
 CHECKED_AMONG = 1000  # pictures outside the shortlist that are scored to see what it missed
 CAPTIONS_AT_ONCE = 128
-FITTED_TO = 96  # captions
+FITTED_TO = 192  # captions
 
 
 @program

@@ -43,7 +43,8 @@ footer {display: none !important}
   .gradio-container, .gradio-container * {min-width: 0 !important}
 }
 """
-SCROLL = "() => document.getElementById('hint').scrollIntoView({behavior: 'smooth'})"
+# when the heat map is drawn and the page has its length
+SCROLL = """() => {setTimeout(() => document.getElementById('hint').scrollIntoView(), 400)}"""
 
 
 @program
@@ -168,6 +169,7 @@ def build(page: Page, examples: Sequence[str]) -> Any:
         state = gradio.State([])
         gallery = gradio.Gallery(
             label="found",
+            show_label=False,  # it would lie on the first picture
             columns=4,
             height="auto",
             object_fit="contain",
@@ -177,7 +179,11 @@ def build(page: Page, examples: Sequence[str]) -> Any:
         )
         hint = gradio.Textbox(show_label=False, container=False, interactive=False, elem_id="hint")
         heat = gradio.Image(
-            label="words and patches", elem_id="heat", interactive=False, buttons=["download"]
+            label="words and patches",
+            show_label=False,
+            elem_id="heat",
+            interactive=False,
+            buttons=["download", "fullscreen"],
         )
 
         def clicked(state, event):

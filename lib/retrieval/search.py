@@ -21,7 +21,7 @@ from lib.retrieval.vectors import QueryMap, fit_query_map, image_vectors, text_f
 SHORTLIST = 256
 SHARD_PICTURES = 512
 RERANKED_AT_ONCE = 8  # pictures read and scored at once: what they hold stays in the caches
-FITTED_ON = 256  # pictures; more than that are needed for a shortlist to leave any out
+FITTED_ON = 1024  # pictures
 QUERY_MAP = "query_map.npy"
 
 
