@@ -43,10 +43,12 @@ td {white-space: nowrap; overflow-wrap: normal} th {overflow-wrap: normal; verti
 .wide {overflow-x: auto} .oracle td {color: #777}
 figure {margin: 1em 0; break-inside: avoid} figcaption, .small {font-size: 0.85em; color: #555}
 img {max-width: 100%; height: auto}
-.row {display: flex; flex-wrap: wrap; gap: 8px} .row figure {width: 150px; margin: 0}
+.row {display: flex; flex-wrap: wrap; gap: 8px} .row + .row {margin-top: 10px}
+.row figure {width: 150px; margin: 0}
 .right {outline: 3px solid #228833} .query {break-inside: avoid; margin-bottom: 1.4em}
 @media print {body {max-width: none; font-size: 11px} h2 {break-after: avoid}
-  .wide {overflow: visible} details::details-content {content-visibility: visible}}
+  .wide {overflow: visible} table:not(.flags) {break-inside: avoid} .row figure {width: 105px}
+  details::details-content {content-visibility: visible}}
 """
 
 

@@ -93,6 +93,8 @@ def test_query_click_and_heat_map(page, window):
     until(window, "#heat img", lambda found: found[0].size["width"] > 100)
     hint = until(window, "#hint textarea, #hint input")[0]
     assert "each word matched" in hint.get_attribute("value")
+    lower = "return window.scrollY > 0"  # to the heat map, which lies below the pictures
+    until(window, "#heat img", lambda found: window.execute_script(lower))
     assert overflow(window) <= 0
     if SHOTS:
         window.save_screenshot(str(Path(SHOTS) / "search_page.png"))
