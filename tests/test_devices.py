@@ -52,12 +52,11 @@ def device(request, monkeypatch) -> torch.device:
     return torch.device(request.param, *([0] if request.param == "cuda" else []))
 
 
-def evaluated(run, data, *more: str) -> dict:
-    """The results of a run's best checkpoint, after eval.main."""
+def evaluated(run, data, *more: str, name: str = "scenes") -> dict:
+    """An entry of the results of a run's best checkpoint, after eval.main."""
     argv = ["--checkpoint", str(run / "model_best.pth"), "--data_path", str(data), "--workers", "0"]
     assert evaluation.main([*argv, *more]) == 0
-    (table,) = json.loads((run / "results.json").read_text()).values()
-    return table
+    return json.loads((run / "results.json").read_text())[name]
 
 
 # --- training and evaluation ---------------------------------------------------------------------
@@ -77,7 +76,8 @@ def test_every_method_trains_goes_on_and_evaluates(method, device, scenes_path, 
     table = evaluated(run, scenes_path)
     best = max(curves["val/rsum"].values())
     assert 0 <= table["rsum"] <= 600
-    assert evaluated(run, scenes_path, "--split", "dev")["rsum"] == pytest.approx(best, abs=7)
+    again = evaluated(run, scenes_path, "--split", "dev", name="scenes_dev")
+    assert again["rsum"] == pytest.approx(best, abs=0.01 if device.type == "cpu" else 40)
 
 
 @LONG
@@ -216,8 +216,12 @@ def test_a_program_that_can_not_be_built_is_told_once(device, monkeypatch, capsy
     monkeypatch.setattr(kernels, "_failed", set())
     for name in PROGRAMS:
         monkeypatch.setattr(kernels, name, Launched(broken=True))
-    for _ in range(2):
-        torch.testing.assert_close(model.similarity(images, texts), wanted, atol=1e-5, rtol=0)
+    kernels._builds.cache_clear()
+    try:
+        for _ in range(2):
+            torch.testing.assert_close(model.similarity(images, texts), wanted, atol=1e-5, rtol=0)
+    finally:
+        kernels._builds.cache_clear()
     told = capsys.readouterr().err
     assert told == "warning: no fused scoring, PyTorch does it (Failed to find C compiler.)\n"
 
