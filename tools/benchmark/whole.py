@@ -210,7 +210,9 @@ def similarity_planned(
         seed=args.seed,
     )
     name = f"{case.name} {PRECISIONS[amp]}"
-    asked = settings(args, sizes)
+    cuda = torch_device(args.device).type == "cuda"
+    loop = sizes.loop_captions if bar else max(1, sizes.loop_captions // 2)  # each costs the same
+    asked = settings(args, sizes, loop_captions=loop, memory=int(cuda and training))
 
     def measure() -> list[Row]:
         try:
