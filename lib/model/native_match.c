@@ -1,13 +1,14 @@
 /* Best matches of image-caption pairs on the CPU: the numbers of kernels.py, a pair after another.
  *
- * Compiled at first use (compiled.py). Images and captions are packed once a call. A block of
- * captions stays near the caches while the images pass; nothing is written but the maxima.
+ * Compiled at first use (compiled.py). Images are packed a few at a time, captions for those; a block
+ * of captions stays near the caches while the images pass. Nothing is written but the maxima.
  */
 #include <stdlib.h>
 
 #include "native_pair.h"
 
 #define BLOCK_FLOATS (1 << 20) /* of packed words */
+#define BLOCK_IMAGES 16        /* packed at once: half a megabyte each with ViT-224 */
 #define PLACE 64               /* bytes that everything in scratch begins at */
 
 /* Scratch is one piece of memory: first it is measured, with `base` NULL, then handed out. */
@@ -64,12 +65,13 @@ static void lay_out_pair(const Call *call, Pair *pair, Room *room) {
 
 static void lay_out(const Call *call, int64_t first, int64_t last, Work *work, Room *room) {
     int64_t channels = panels_of(call->channels) * PANEL;
-    work->images = take(room, call->images, sizeof(Image));
+    int64_t images = at_most(call->images, BLOCK_IMAGES);
+    work->images = take(room, images, sizeof(Image));
     work->captions = take(room, last - first, sizeof(Caption));
     work->places = take(room, (last - first) * call->words, 4);
     work->words = take(room, longest_block(call, first, last), 4);
     lay_out_pair(call, &work->pair, room);
-    for (int64_t image = 0; image < call->images; image++) {
+    for (int64_t image = 0; image < images; image++) {
         Image none = {0}, *one = room->base ? work->images + image : &none;
         int64_t panels = panels_of(call->sources) * PANEL;
         *one = none;
@@ -173,6 +175,24 @@ static void match_pair(const Call *call, int64_t number, int64_t caption, const 
                                                         for_tokens);
 }
 
+/* Match `count` prepared images, of which `from` is the first, with captions first..last - 1. */
+static void match_block(const Call *call, int64_t from, int64_t count, int64_t first, int64_t last,
+                        const Work *work) {
+    for (int64_t block = first, next; block < last; block = next) {
+        int64_t used = 0;
+        for (next = block; next < last; next++) {
+            int64_t floats = packed_floats(call, next, work->captions[next - first].count);
+            if (used && used + floats > BLOCK_FLOATS) break;
+            prepare_caption(call, next, work, first, work->words + used);
+            used += floats;
+        }
+        for (int64_t image = 0; image < count; image++)
+            for (int64_t caption = block; caption < next; caption++)
+                match_pair(call, from + image, caption, work->images + image,
+                           work->captions + caption - first, &work->pair);
+    }
+}
+
 /* Match all images with captions first..last - 1; returns 0, or 1 where memory is lacking. */
 int match_captions(const Call *call, int64_t first, int64_t last) {
     Work work = {0};
@@ -184,21 +204,12 @@ int match_captions(const Call *call, int64_t first, int64_t last) {
     if (!memory) return 1;
     room = (Room){memory + PLACE - (uintptr_t)memory % PLACE, 0};
     lay_out(call, first, last, &work, &room);
-    for (int64_t image = 0; image < call->images; image++)
-        prepare_image(call, image, work.images + image);
     find_words(call, first, last, &work);
-    for (int64_t block = first, next; block < last; block = next) {
-        int64_t used = 0;
-        for (next = block; next < last; next++) {
-            int64_t floats = packed_floats(call, next, work.captions[next - first].count);
-            if (used && used + floats > BLOCK_FLOATS) break;
-            prepare_caption(call, next, &work, first, work.words + used);
-            used += floats;
-        }
-        for (int64_t image = 0; image < call->images; image++)
-            for (int64_t caption = block; caption < next; caption++)
-                match_pair(call, image, caption, work.images + image,
-                           work.captions + caption - first, &work.pair);
+    for (int64_t from = 0; from < call->images; from += BLOCK_IMAGES) {
+        int64_t count = at_most(BLOCK_IMAGES, call->images - from);
+        for (int64_t image = 0; image < count; image++)
+            prepare_image(call, from + image, work.images + image);
+        match_block(call, from, count, first, last, &work);
     }
     free(memory);
     return 0;

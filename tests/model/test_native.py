@@ -97,6 +97,13 @@ def test_agrees_at_real_sizes(patches, tokens, images, texts, form, threads, mon
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("_form")
+@needs_compiler
+def test_many_images_are_taken_a_few_at_a_time():
+    case = random_case(5, 4, 3, 1, True, images=35, texts=3)
+    assert_agrees(case, 2)
+
+
 @pytest.mark.usefixtures("_lanes", "_form")
 def test_keeps_the_first_of_ties_and_skips_masked_words():
     case = random_case(20, 9, 3, 1, False, images=4, texts=6)
