@@ -57,7 +57,7 @@ from lib.training.logs import RunLog
 from lib.training.optim import build_optimizer, schedule_from_args
 from lib.training.saving import CheckpointWriter, run_payload
 from lib.training.settings import Settings
-from lib.training.setup import compile_backbones, recompute_backbones, set_seed
+from lib.training.setup import compile_backbones, set_encoders_up, set_seed
 from lib.training.trackers import tracker_names
 from scoring import evaluate_best
 from vocab import WordTokenizer
@@ -153,8 +153,7 @@ def _model(
     model = build_model(args, tokenizer.vocab_size)
     args.image_filter = image_filter(model.image_encoder)  # the loaders, and evaluation, ask for it
     args.text_positions = getattr(model.text_encoder, "max_positions", None)  # the loaders, too
-    if args.gradient_checkpointing:
-        recompute_backbones(model)
+    set_encoders_up(model, args.cached_batch, bool(args.gradient_checkpointing))
     if state is not None:
         load_weights(Path(args.resume) / LAST, model, state["model"])
     if start is not None:

@@ -57,7 +57,7 @@ RANGES = _table(
         Range(0, MOST),
         "rerank workers gpu_id val_images first_images captions_per_image feature_views"
         " lora_rank log_step skip_nonfinite max_bad_images"
-        " lr_warmup_steps max_dense_word"
+        " lr_warmup_steps max_dense_word cached_batch"
         " vse_mean_warmup_epochs warmup rank local_rank retries check random examples",
     ),
     reals_from_zero=(

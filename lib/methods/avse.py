@@ -92,8 +92,17 @@ def view_tokens(encoder: ImageEncoder, pixels: Tensor, centres: Tensor, share: f
 
     Each view keeps int(share · tokens) patches, those nearest to its centre: centres (V, B) in
     [0, 1) say where in the row-major order it lies. A ViT runs its blocks on [CLS] and those; of
-    other encoders, views are taken from the output.
+    other encoders, views are taken from the output. A large batch may go in chunks.
     """
+
+    def encode(pixels: Tensor, places: Tensor) -> Tensor:
+        views = _view_tokens(encoder, pixels, places.T, share)  # (V·b, N, width)
+        return views.unflatten(0, (-1, len(pixels))).transpose(0, 1)
+
+    return encoder.in_chunks(encode, pixels, centres.T).transpose(0, 1).flatten(0, 1)
+
+
+def _view_tokens(encoder: ImageEncoder, pixels: Tensor, centres: Tensor, share: float) -> Tensor:
     hidden = _embed(encoder, pixels)  # (B, [CLS] + registers + L, width)
     patches = encoder.num_patches
     count = max(1, min(patches, int((encoder.has_cls + patches) * share)))

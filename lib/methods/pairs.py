@@ -8,8 +8,7 @@ reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.batch import Rows, Tokens, length_buckets
 from lib.distributed import gather_sizes, rank, world_size
 from lib.model import kernels
+from lib.model.precision import without_graph
 
 if TYPE_CHECKING:
     from lib.methods.base import Method
@@ -153,14 +153,6 @@ def with_global_loss(
     seen = method.gather(method.global_embeddings(images))  # (B, C)
     added = method.global_loss(seen, method.global_embeddings(texts), image_ids)
     return {**losses, "loss": losses["loss"] + added, "global": added.detach()}
-
-
-@contextmanager
-def without_graph(device: torch.device) -> Iterator[None]:
-    """Switch gradient off; autocast must not keep weights for later that it casts meanwhile."""
-    mixed = torch.is_autocast_enabled(device.type)
-    with torch.no_grad(), torch.autocast(device.type, enabled=mixed, cache_enabled=False):
-        yield
 
 
 def _keeps_little(method: Method, texts: Tokens) -> bool:

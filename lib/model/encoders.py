@@ -24,6 +24,7 @@ from lib.model.backbones import (
     tiny_image_config,
     tiny_text_config,
 )
+from lib.model.chunks import BackboneEncoder
 from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
 from lib.model.lora import add_lora
@@ -40,29 +41,10 @@ def _projection(width: int, embed_size: int) -> nn.Module:
     return nn.Linear(width, embed_size)
 
 
-class _Freezable(nn.Module):
-    """An encoder whose backbone can be kept as it is: no gradient, no dropout."""
-
-    backbone: nn.Module
-    frozen: bool
-
-    def freeze(self) -> None:
-        """Keep the backbone's weights from now on; the projection goes on learning."""
-        self.frozen = True
-        self.backbone.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> _Freezable:
-        """Set training mode, which a frozen backbone never enters."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
+Encoder = TypeVar("Encoder", bound=BackboneEncoder)
 
 
-Encoder = TypeVar("Encoder", bound=_Freezable)
-
-
-class ImageEncoder(_Freezable):
+class ImageEncoder(BackboneEncoder):
     """Any image backbone, then a projection to the joint space.
 
     pixels (B, 3, H, W) -> Tokens(local (B, L, C), cls (B, 1, C) or None), patches row by row in a
@@ -133,19 +115,22 @@ class ImageEncoder(_Freezable):
             found.update(value.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    def forward(self, pixels: Tensor) -> Tokens:
+    def _read(self, pixels: Tensor) -> Tensor:
+        """Return the hidden state without registers, (B, [1+] L, width)."""
         hidden = self.hidden(pixels)
-        first = self.layout.first_patch
         if self.layout.registers:
-            kept = [hidden[:, : int(self.has_cls)], hidden[:, first:]]
-            hidden, first = torch.cat(kept, 1), int(self.has_cls)
-        features = self.proj(hidden)  # (B, [1+] L, C)
+            patches = hidden[:, self.layout.first_patch :]
+            hidden = torch.cat([hidden[:, : int(self.has_cls)], patches], 1)
+        return hidden
+
+    def forward(self, pixels: Tensor) -> Tokens:
+        features = self.projected(self._read, pixels)  # (B, [1+] L, C)
         cls = features[:, :1] if self.has_cls else None
-        patches = features[:, first:]  # (B, L, C)
+        patches = features[:, int(self.has_cls) :]  # (B, L, C)
         return Tokens(patches, patches.new_ones(patches.shape[:2], dtype=torch.bool), cls)
 
 
-class TextEncoder(_Freezable):
+class TextEncoder(BackboneEncoder):
     """Any text backbone, then a projection to the joint space.
 
     ids (B, M), lengths (B,) -> Tokens(local (B, M, C)); padding words are zero-masked out of the
@@ -181,7 +166,7 @@ class TextEncoder(_Freezable):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tokens:
         mask = length_mask(lengths, ids.shape[1])
         sentence = None if self.sentence is None else self.sentence(ids, mask)
-        return Tokens(self.proj(self.hidden(ids, mask)), mask, sentence=sentence)
+        return Tokens(self.projected(self.hidden, ids, mask), mask, sentence=sentence)
 
 
 class RegionEncoder(nn.Module):

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lib.batch import Tokens, length_mask
+from lib.model.chunks import ChunkedEncoder
 
 EMBEDDING_RANGE = 0.1  # embeddings start uniform within ± this
 
 
-class GRUTextEncoder(nn.Module):
+class GRUTextEncoder(ChunkedEncoder):
     """Embedding, dropout, one-layer bidirectional GRU: the word encoder of SCAN, VSE++ and SGRAF.
 
     ids (B, M), lengths (B,) -> Tokens(local (B, M, C)): at each word the mean of the two
@@ -29,6 +30,10 @@ class GRUTextEncoder(nn.Module):
         self.proj = nn.Identity()  # the states have the joint space's width already
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tokens:
+        words = self.in_chunks(self._states, ids, lengths)
+        return Tokens(self.proj(words), length_mask(lengths, ids.shape[1]))
+
+    def _states(self, ids: Tensor, lengths: Tensor) -> Tensor:
         vectors = self.dropout(self.embed(ids))  # (B, M, word_dim)
         packed = pack_padded_sequence(
             vectors, lengths.cpu(), batch_first=True, enforce_sorted=False
@@ -36,5 +41,4 @@ class GRUTextEncoder(nn.Module):
         states, _ = pad_packed_sequence(
             self.gru(packed)[0], batch_first=True, total_length=ids.shape[1]
         )  # (B, M, 2·C)
-        words = states.unflatten(2, (2, self.width)).mean(2)  # (B, M, C)
-        return Tokens(self.proj(words), length_mask(lengths, ids.shape[1]))
+        return states.unflatten(2, (2, self.width)).mean(2)  # (B, M, C)

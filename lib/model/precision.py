@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 
 import torch
@@ -22,6 +22,14 @@ def autocast_for(amp: str, device: torch.device) -> Callable[[], AbstractContext
 def scaler_for(amp: str, device: torch.device) -> torch.amp.GradScaler:
     """Return a loss scaler, switched off unless the arithmetic is fp16."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+@contextmanager
+def without_graph(device: torch.device) -> Iterator[None]:
+    """Switch gradient off; autocast must not keep weights for later that it casts meanwhile."""
+    mixed = torch.is_autocast_enabled(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=mixed, cache_enabled=False):
+        yield
 
 
 def full_precision(function):

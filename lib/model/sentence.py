@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib.model.chunks import ChunkedEncoder
 from lib.model.text_backbones import text_hidden
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(ChunkedEncoder):
     """A frozen copy of a text backbone: ids (B, M), mask (B, M) -> mean word state (B, width).
 
     Its weights travel with the model's, so that a checkpoint embeds texts as training did.
@@ -28,6 +29,9 @@ class SentenceEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.in_chunks(self._mean, ids, mask)
+
+    def _mean(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden: Any = text_hidden(self.backbone, ids, mask, self.pad_id)  # (B, M, width)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         real = mask[..., None]

@@ -39,6 +39,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="batches per optimizer step: their gradients are averaged, and negatives are taken "
         "within each batch",
     )
+    group.add_argument(
+        "--cached_batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="encode a batch in chunks of N pairs, each once more in the backward pass: the same "
+        "gradient with the encoders' memory of N pairs; 0: the whole batch at once",
+    )
     add_amp_flag(group)
     group.add_argument("--compile", type=int, default=0, help="torch.compile the backbones")
     group.add_argument(

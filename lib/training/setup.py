@@ -1,4 +1,4 @@
-"""What is settled before the first step: seeds, and how the backbones run."""
+"""What is settled before the first step: seeds, and how the encoders run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lib.errors import InputError
 from lib.methods.base import Method
+from lib.model.chunks import ChunkedEncoder
 
 
 def set_seed(seed: int) -> None:
@@ -18,6 +21,34 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_encoders_up(model: Method, cached_batch: int, gradient_checkpointing: bool) -> None:
+    """Save the encoders' memory as the flags of these names say. Raises InputError."""
+    encode_in_chunks(model, cached_batch)
+    if gradient_checkpointing:
+        recompute_backbones(model)
+
+
+def encode_in_chunks(model: Method, rows: int) -> None:
+    """Let the encoders take at most so many images or texts at once, 0: any (`--cached_batch`).
+
+    Raises InputError for an encoder whose features of an image depend on the batch it is in.
+    """
+    for module in model.modules():
+        if isinstance(module, ChunkedEncoder):
+            if rows and _trains_batch_norm(module):
+                raise InputError(
+                    f"--cached_batch {rows}: an encoder has BatchNorm, whose statistics are of the "
+                    "whole batch and not of chunks; freeze it (--freeze image), take another "
+                    "--vit_type, or leave the flag out"
+                )
+            module.rows_at_once = rows
+
+
+def _trains_batch_norm(encoder: ChunkedEncoder) -> bool:
+    norms = any(isinstance(one, _BatchNorm) for one in encoder.modules())
+    return norms and not getattr(encoder, "frozen", False)
 
 
 def recompute_backbones(model: Method) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from lib.batch import Tokens
 from lib.model import compiled
-from tools.benchmark import evaluate, measure, scale, similarity, step
+from tools.benchmark import cached, evaluate, measure, scale, similarity, step
 from tools.benchmark.__main__ import main
 from tools.benchmark.cases import Case, call_of, fewer_captions, least_work, pair_flops
 from tools.benchmark.lengths import draw_lengths, histogram
@@ -169,6 +169,28 @@ def test_scale_command_fits_exponents(tmp_path, capsys):
         *("step 4", "step 8", "step growth"),
     ]
     assert "time ~ n^" in capsys.readouterr().out
+
+
+def test_cached_command_compares_both_steps(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    flags = ["--batches", "8,4", "--cached_batch", "2", "--embed_size", "16", "--memory", "0"]
+    assert main(["cached", *flags, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["laps hardest batch 4", "laps hardest batch 8"]
+    assert all(row["cached_ms"] > 0 and row["ordinary_ms"] > 0 for row in rows)
+    assert [row["kept"]["matrix"] for row in rows] == [4 * 16, 4 * 64]
+    assert "cached ms/pair" in capsys.readouterr().out
+
+
+def test_an_ordinary_step_that_would_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr(cached, "free_memory", lambda device: 100)
+    case, cpu = cached.BatchCase("laps", "hardest", 8), torch.device("cpu")
+    assert cached.ordinary_fits(case, None, cpu)
+    smaller = {"batch": 4, "ordinary_ms": 1.0, "ordinary_memory": 24}
+    assert cached.ordinary_fits(case, smaller, cpu)
+    assert not cached.ordinary_fits(case, {**smaller, "ordinary_memory": 25}, cpu)
+    assert not cached.ordinary_fits(case, {**smaller, "ordinary_memory": None}, cpu)
+    assert not cached.ordinary_fits(case, {"batch": 4}, cpu)
 
 
 def test_growth_is_judged_against_that_of_the_pairs():

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lib import distributed
 from lib.batch import Tokens
 from lib.methods.registry import method_names
+from lib.training.setup import encode_in_chunks
 from tests.helpers import pair_inputs, tiny_model
 
 SHARES = [slice(0, 4), slice(4, 6)]  # ranks with different numbers of pairs
@@ -43,6 +44,7 @@ def train_share(rank: int, port: int, methods: list[tuple[str, dict]], results) 
         for hard in (False, True):
             model = tiny_model(method, **flags).train()
             model.set_hard_negatives(hard)
+            encode_in_chunks(model, flags.get("cached_batch", 0))
             network = DistributedDataParallel(model, find_unused_parameters=model.may_leave_unused)
             inputs = pair_inputs(method=method, **flags)
             inputs["lengths"][4:] = torch.clamp(inputs["lengths"][4:], max=5)
@@ -71,6 +73,9 @@ CASES = [(name, {}) for name in method_names()] + [
     ("seps", {"loss": "infonce"}),
     ("seps", {"loss": "trip"}),
     ("laps", {"global_weight": 0.5}),
+    ("seps", {"cached_batch": 1}),
+    ("laps", {"cached_batch": 3, "detach_patches": 1}),  # rank 1 has no more than that
+    ("hrem", {"cached_batch": 2}),
 ]
 
 

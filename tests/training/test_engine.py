@@ -114,10 +114,13 @@ def test_evaluation_has_no_dropout_and_gives_the_mode_back():
     assert not model.training
 
 
-def test_resuming_goes_on_with_the_random_numbers(scenes_path, backbones, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", ["0", "5"])
+def test_resuming_goes_on_with_the_random_numbers(
+    scenes_path, backbones, tmp_path, monkeypatch, rows
+):
     """A backbone with dropout 0.1 trains to the same weights whether it was stopped or not."""
     flags = ["--method", "chan", "--num_epochs", "1", "--bert_path", backbones["bert"]]
-    flags += ["--save_step", "1000"]
+    flags += ["--save_step", "1000", "--cached_batch", rows]
     assert run(scenes_path, tmp_path / "whole", *flags) == 0
     step = Trainer._step
 

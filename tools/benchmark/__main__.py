@@ -31,6 +31,7 @@ COMMANDS = {  # and their modules: one is imported where it is asked for, as a l
     "scale": "scale",
     "search": "search",
     "photos": "photos",
+    "cached": "cached",
     "lengths": "lengths",
     "all": "whole",
 }

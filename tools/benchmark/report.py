@@ -146,6 +146,10 @@ def _memory(row: Mapping[str, Any]) -> str:
     return " / ".join("-" if one is None else f"{one / 2**20:,.0f}" for one in found)
 
 
+def _mebi(size: float | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f}"
+
+
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "row": lambda row: row["name"],
     "loop": lambda row: _number(row.get("loop")),
@@ -155,5 +159,11 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ratio": lambda row: f"{_number(row['ratio'])}x" if row.get("ratio") else "",
     "MiB": _memory,
     "roofline": lambda row: f"{100 * row['share']:.0f}%" if row.get("share") is not None else "",
+    "ordinary ms/pair": lambda row: _number(row.get("ordinary_ms")),
+    "cached ms/pair": lambda row: _number(row.get("cached_ms")),
+    "ordinary MiB": lambda row: _mebi(row.get("ordinary_memory")),
+    "cached MiB": lambda row: _mebi(row.get("cached_memory")),
+    "tokens MiB": lambda row: _mebi(row.get("kept", {}).get("tokens")),
+    "matrix MiB": lambda row: _mebi(row.get("kept", {}).get("matrix")),
     "bar": lambda row: _bar(row) if row.get("bar") else "",
 }
