@@ -51,7 +51,8 @@ RANGES = _table(
         " tiny_width tiny_layers tiny_patch_size relevance_topk region_dim world_size avse_block"
         " recall_at topk nhead captions epochs repeats patches encoded loop_captions"
         " word_dim sim_dim num_regions sgr_step top limit max_new_tokens image_size concurrency"
-        " num_tokens decoder_depth lr_update jobs shard_images",
+        " num_tokens decoder_depth lr_update jobs shard_images"
+        " loop_images image_width text_layers text_width batch scored queries",
     ),
     zeros=(
         Range(0, MOST),
@@ -68,7 +69,7 @@ RANGES = _table(
     reals_above_zero=(
         Range(0, low_open=True),
         "learning_rate match_weight gumbel_tau decay_rate scan_lambda_t2i scan_lambda_i2t"
-        " dist_timeout time_limit",
+        " dist_timeout time_limit budget",
     ),
     shares=(Range(0, 1), "attention_weight token_selection_ratio sibling_share"),
     shares_above_zero=(
@@ -84,7 +85,7 @@ RANGES = _table(
         Range(0, 1, hint="0 or 1"),
         "size_augment image_augment overwrite multi_gpu compile precomp gradient_checkpointing"
         " detach_patches save_results evaluate_cxc evaluate_eccv eval attention_kept"
-        " use_cls_as_glob_embd use_token_selection use_learnable_temp memory check_counts",
+        " use_cls_as_glob_embd use_token_selection use_learnable_temp memory roofline check_counts",
     ),
     seeds=(Range(0, 2**63 - 1), "seed seeds"),
     percents=(Range(0, 100, low_open=True, high_open=True), "level"),

@@ -65,10 +65,10 @@ def _measure(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def parser(names: Sequence[str]) -> argparse.ArgumentParser:
+def parser(names: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Return the parser, a subcommand for each name. InputError where a library is missing."""
     whole = Parser("tools.benchmark", description=__doc__)
-    commands = whole.add_subparsers(dest="command", required=True)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in names:
         module = module_of(name)
         told = module.__doc__.strip().splitlines()[0]
