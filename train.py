@@ -49,12 +49,13 @@ from lib.methods.base import Method
 from lib.methods.registry import build_model, get_method
 from lib.model.encoders import image_filter
 from lib.program import INTERRUPTED, program, run_program, warnings_told
-from lib.rendezvous import environment_integer, peers_told
+from lib.rendezvous import peers_told
 from lib.retrieval.pictures import first_pairs_strip
 from lib.training.engine import Trainer
 from lib.training.folder import check_folder, check_same_folder, check_same_run, claimed, clear_run
 from lib.training.logs import RunLog
 from lib.training.optim import build_optimizer, schedule_from_args
+from lib.training.restart import was_restarted
 from lib.training.saving import CheckpointWriter, run_payload
 from lib.training.settings import Settings
 from lib.training.setup import compile_backbones, set_encoders_up, set_seed
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finite, 130: a signal stopped the run after saving.
     """
     args = parse_train(argv)
-    args = _arguments_of_resumed(args, argv)
+    args = _resumed(args, argv)
     warn_of_unread_flags(argv, args.method)
     with peers_told():
         finished = run(args)
@@ -208,15 +209,13 @@ def build_trainer(
 # --- going on with a run -----------------------------------------------------------------------
 
 
-def _arguments_of_resumed(
-    args: argparse.Namespace, argv: Sequence[str] | None
-) -> argparse.Namespace:
+def _resumed(args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the run that goes on, flags given now laid over them.
 
     torchrun's restart of failed workers goes on by itself. Raises InputError where the folder holds
     no run, or where a new run would write over an old one.
     """
-    restarted = (environment_integer("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    restarted = was_restarted(process_settings(args))
     if args.resume is None and restarted and (Path(args.logger_name) / LAST).exists():
         args.resume = args.logger_name
     elif args.resume is not None:

@@ -102,9 +102,10 @@ def start_processes(
         given = environment_integer("LOCAL_RANK")
         local_rank = local_rank if given is None else given
     device = _take_gpu(local_rank if multi_gpu else gpu_id) if cuda else torch.device("cpu")
+    told = dist.is_available() and dist.is_initialized()  # by an earlier call
     if multi_gpu and (world > 1 or environment_integer("RANK") is not None):
         start(backend if cuda else "gloo", url, world, this_rank, seconds)
-    if not cuda and is_main():
+    if not (cuda or told) and is_main():
         print("no CUDA device: running on the CPU")
     return device
 

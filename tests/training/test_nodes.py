@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from lib import distributed
 from lib.data.features import FeatureCache, fill_share
 from lib.data.fingerprint import check_same_files
 from lib.errors import InputError, WorkerError
+from lib.training import restart
 from lib.training.folder import check_folder, claimed
 from tests.test_train import ROOT, flags, scalars
 from tests.training.test_distributed import free_port
+from tests.training.test_restart import wait_for, worker
 
 DATA = {"dataset": "f30k", "split": "train", "images": 3, "captions": 9, "captions_sha256": "a"}
 
@@ -117,19 +120,69 @@ def test_a_node_that_does_not_see_the_resumed_folder_says_so(tmp_path, monkeypat
         check_folder(tmp_path / "run", resume=True)
 
 
-def agent(number: int, port: int, argv: list[str]) -> subprocess.Popen:
+@pytest.mark.parametrize(
+    ("count", "others", "local", "restarted"),
+    [
+        ("0", [False, False], "2", False),
+        ("0", [False, True], "2", True),  # another node's worker failed
+        ("1", [True, False], "2", True),
+        ("1", None, "4", True),  # one node: nobody is asked
+        ("0", None, "4", False),
+    ],
+)
+def test_a_restart_is_every_nodes(monkeypatch, count, others, local, restarted):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    met = []
+    monkeypatch.setattr(restart, "start_processes", lambda **how: met.append(how))
+    monkeypatch.setattr(restart, "gather_values", lambda mine: others)
+    assert restart.was_restarted({"multi_gpu": True}) is restarted
+    assert bool(met) == (others is not None)
+
+
+def agent(number: int, port: int, argv: list[str], log: Path, *more: str) -> subprocess.Popen:
     """torchrun's agent of one of two nodes with two processes each."""
     launch = "-m torch.distributed.run --nnodes 2 --nproc_per_node 2 --rdzv_backend c10d".split()
     launch += ["--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two"]
     launch += ["--node_rank", str(number), "--local_addr", f"127.0.0.{number + 1}"]
-    return subprocess.Popen(
-        [sys.executable, *launch, "train.py", "--multi_gpu", "1", *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with open(log, "w") as output:
+        return subprocess.Popen(
+            [sys.executable, *launch, *more, "train.py", "--multi_gpu", "1", *argv],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
+def test_a_worker_killed_on_one_node_restarts_both(scenes_path, tmp_path):
+    """The node whose workers were well is told of no restart by torchrun, and goes on too."""
+    folder, port = tmp_path / "run", free_port()
+    extra = ["--batch_size", "4", "--num_epochs", "5000", "--save_step", "5"]
+    argv = flags(scenes_path, folder, *extra, "--val_step", "100000")
+    logs = [tmp_path / f"output{number}" for number in (0, 1)]
+    both = [agent(number, port, argv, logs[number], "--max_restarts=1") for number in (0, 1)]
+    try:
+        wait_for((folder / "checkpoint_last.pth").exists, both[0], logs[0])
+        pid = next(filter(None, (worker(both[1].pid, rank) for rank in range(4))))
+        os.kill(pid, signal.SIGKILL)
+        records = folder / "train.log"
+        wait_for(lambda: "going on at step" in records.read_text(), both[0], logs[0])
+        gone_on = records.read_text().count("\n")
+        wait_for(lambda: records.read_text().count("\n") > gone_on + 3, both[0], logs[0])
+        for process in both:
+            process.terminate()
+        for process in both:
+            process.wait(120)
+    finally:
+        for process in both:
+            process.kill()
+    said = "".join(log.read_text() for log in logs)
+    assert "already holds a run" not in said
+    assert records.read_text().count("going on at step") == 1
 
 
 @pytest.mark.slow
@@ -138,9 +191,11 @@ def test_two_nodes_train_like_one_process(scenes_path, tmp_path):
     extra = ["--num_epochs", "1", "--val_step", "5", "--eval", "1"]
     port = free_port()
     argv = flags(scenes_path, tmp_path / "four", *extra, "--batch_size", "4", "--workers", "1")
-    both = [agent(number, port, argv) for number in (0, 1)]
-    outputs = [process.communicate(timeout=280)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    logs = [tmp_path / f"output{number}" for number in (0, 1)]
+    both = [agent(number, port, argv, logs[number]) for number in (0, 1)]
+    codes = [process.wait(timeout=280) for process in both]
+    outputs = [log.read_text() for log in logs]
+    assert codes == [0, 0], outputs
     assert sum("4 processes on CPU" in output for output in outputs) == 1, outputs
     assert sum("rSum\n" in output for output in outputs) == 1, outputs  # one table
     assert train.main(flags(scenes_path, tmp_path / "one", *extra)) == 0
