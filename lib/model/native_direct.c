@@ -81,8 +81,9 @@ typedef void Meet(const float *tokens, int64_t step, int64_t panels, const float
 BOTH(1) BOTH(2) BOTH(3) BOTH(4) BOTH(5) BOTH(6)
 #if ROWS == 14
 BOTH(7) BOTH(8) BOTH(9) BOTH(10) BOTH(11) BOTH(12) BOTH(13) BOTH(14)
-static Build *const builds[ROWS] = {build_1, build_2,  build_3,  build_4,  build_5,  build_6, build_7,
-                                    build_8, build_9, build_10, build_11, build_12, build_13, build_14};
+static Build *const builds[ROWS] = {build_1,  build_2,  build_3,  build_4, build_5,
+                                    build_6,  build_7,  build_8,  build_9, build_10,
+                                    build_11, build_12, build_13, build_14};
 static Meet *const meets[ROWS][VECTORS] = {
     MEETS(1), MEETS(2), MEETS(3),  MEETS(4),  MEETS(5),  MEETS(6),  MEETS(7),
     MEETS(8), MEETS(9), MEETS(10), MEETS(11), MEETS(12), MEETS(13), MEETS(14)};
@@ -105,7 +106,7 @@ static void build_tokens(const Call *call, const Image *image, const Pair *pair)
         }
 }
 
-/* The weighted sum of the dropped patches: a single row, so that several panels are summed at once. */
+/* The weighted sum of the dropped patches: a single row, so several panels are summed at once. */
 static void build_fused(const Call *call, const Image *image, const Pair *pair) {
     int64_t n = call->patches, every = every_token(call), panels = panels_of(call->channels);
     for (int64_t p = 0; p < panels; p += 4) {
@@ -147,9 +148,10 @@ static void meet_words(const Call *call, const Caption *caption, const Pair *pai
         for (int64_t part = 0; part < parts_of(every, ROWS); part++) {
             int64_t token = part_start(every, ROWS, part);
             int64_t now = part_start(every, ROWS, part + 1) - token;
-            meets[now - 1][count > LANES](pair->tokens + token * PANEL, every * PANEL, panels, words,
-                                          pair->scale + token, pair->seen + token, (lanes *)floor,
-                                          (lanes *)best, pair->best + token * LANES);
+            Meet *meet_tile = meets[now - 1][count > LANES];
+            meet_tile(pair->tokens + token * PANEL, every * PANEL, panels, words,
+                      pair->scale + token, pair->seen + token, (lanes *)floor, (lanes *)best,
+                      pair->best + token * LANES);
         }
         for (int64_t i = 0; i < count; i++)
             for_words[caption->places[first + i]] = affinity(best[i]);

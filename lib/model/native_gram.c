@@ -33,7 +33,8 @@ typedef void Sum(const float *const *rows, const float *weights, int64_t width, 
 
 #define CLEAR(R, W)                                                                               \
     lanes sum[GROUP][WIDE];                                                                       \
-    UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int w = 0; w < W; w++) sum[i][w] = (lanes){0};
+    UNROLLED for (int i = 0; i < R; i++)                                                          \
+        UNROLLED for (int w = 0; w < W; w++) sum[i][w] = (lanes){0};
 
 /* Sums of R rows of products over all `count` patches. */
 #define WORDS(R, W)                                                                               \
@@ -100,7 +101,8 @@ static void quadratic(const float *gram, int64_t n, const int32_t *kept, int64_t
 static float dot(const float *one, const float *other, int64_t n) {
     lanes sum = {0};
     int64_t l = 0;
-    for (; l + LANES <= n; l += LANES) sum += *(const lanes *)(one + l) * *(const lanes *)(other + l);
+    for (; l + LANES <= n; l += LANES)
+        sum += *(const lanes *)(one + l) * *(const lanes *)(other + l);
     float rest = total(sum);
     for (; l < n; l++) rest += one[l] * other[l];
     return rest;
@@ -147,7 +149,8 @@ static float match_word(const Call *call, const Image *image, const Pair *pair, 
     int64_t tokens = call->tokens, added = image->cross ? tokens : 0;
     const float *of_added = products + call->patches, *of_fixed = of_added + added;
     float best = drops(call) || !call->fused_counts ? NEVER : 0;
-    for (int64_t j = 0; j < added; j++) sums[j] = sums[j] * pair->scale[j] + of_added[j] * pair->offset[j];
+    for (int64_t j = 0; j < added; j++)
+        sums[j] = sums[j] * pair->scale[j] + of_added[j] * pair->offset[j];
     for (int64_t j = added; j < tokens; j++) sums[j] *= pair->scale[j];
     for (int64_t j = 0; j < tokens; j++) {
         best = sums[j] > best ? sums[j] : best;

@@ -1,7 +1,7 @@
 /* Best matches of image-caption pairs on the CPU: the numbers of kernels.py, a pair after another.
  *
- * Compiled at first use (compiled.py). Images are packed a few at a time, captions for those; a block
- * of captions stays near the caches while the images pass. Nothing is written but the maxima.
+ * Compiled at first use (compiled.py). Images are packed a few at a time, captions for those; a
+ * block of captions stays near the caches while they pass. Nothing is written but the maxima.
  */
 #include <stdlib.h>
 

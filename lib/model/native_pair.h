@@ -1,4 +1,4 @@
-/* What the scoring of image-caption pairs shares: the call, what is packed of it, a pair's scratch. */
+/* What the scoring of pairs shares: the call, what is packed of it, a pair's scratch. */
 #ifndef NATIVE_PAIR_H
 #define NATIVE_PAIR_H
 #include <math.h>

@@ -88,8 +88,10 @@ static void multiply_block(const float *left, const float *right, int64_t rows, 
             }
             tile(left + first * depth, panel, depth, whole, PANEL, 0);
             for (int64_t i = 0; i < count; i++)
-                for (int64_t j = 0; j < wanted; j++)
-                    corner[i * stride + j] = whole[i * PANEL + j] + (add ? corner[i * stride + j] : 0);
+                for (int64_t j = 0; j < wanted; j++) {
+                    float *cell = corner + i * stride + j;
+                    *cell = whole[i * PANEL + j] + (add ? *cell : 0);
+                }
         }
     }
 }

@@ -1,6 +1,6 @@
 /* A tile of a matrix product that stays in registers, and how its operands are packed.
  *
- * A tile has up to ROWS rows and PANEL columns: with 512-bit vectors 14 x 2 of 32 registers sum, two
+ * A tile has up to ROWS rows, PANEL columns: with 512-bit vectors 14 x 2 of 32 registers sum, two
  * hold the right side, and each number of the left side is broadcast. Both sides are read in the
  * order they are packed in. The packed left side is [depth][rows of the tile], tile after tile; the
  * packed right side is [depth][PANEL], panel after panel, the last one padded with zeros.
