@@ -76,21 +76,17 @@ def matches(
     direct, gram = _forms(patches, fixed, added, word_mask, logits.shape[1], k, gram)
     # where the squared norms of patches are finite, so are patches and Gram matrix
     seen = patches if gram is None else gram.diagonal(dim1=1, dim2=2)
-    if not apart < LARGEST_EXPONENT or not _finite(scores, seen, words, fixed, added):
+    if not (apart < LARGEST_EXPONENT and _finite(scores, seen, words, fixed, added)):
         return None
-    more = fixed.shape[1] + (0 if added is None else added.shape[1])
     weighed = _weighed(logits - tops, patches, added)
     sizes = {
-        "images": len(patches),
-        "captions": len(words),
-        "patches": patches.shape[1],
-        "channels": patches.shape[2],
-        "words": words.shape[1],
+        **dict(zip(("images", "patches", "channels"), patches.shape, strict=True)),
+        **dict(zip(("captions", "words"), words.shape[:2], strict=True)),
         "fixed": fixed.shape[1],
         "kept": k,
         "tokens": logits.shape[1],
         "width": weighed["peaks"].shape[2],
-        "sources": patches.shape[1] + more,
+        "sources": _sources(patches, fixed, added),
         "fused_counts": int(fused_counts),
     }
     tensors = {
@@ -101,14 +97,17 @@ def matches(
         "added_rows": added,
         "fixed_rows": normalize(fixed, dim=-1, eps=SMALLEST_NORM),
         "word_rows": words,
-        "word_mask": word_mask,
-        "direct": direct,
-        "fixed_mask": fixed_mask,
+        **{"word_mask": word_mask, "direct": direct, "fixed_mask": fixed_mask},
         "for_words": scores.new_empty(*scores.shape[:2], words.shape[1]),
         "for_tokens": scores.new_empty(*scores.shape[:2], logits.shape[1] + 1 + fixed.shape[1]),
     }
     _run(sizes, {key: one if one is None else one.contiguous() for key, one in tensors.items()})
     return tensors["for_words"], tensors["for_tokens"]
+
+
+def _sources(patches: Tensor, fixed: Tensor, added: Tensor | None) -> int:
+    """Return how many rows of an image words are multiplied with."""
+    return sum(one.shape[1] for one in (patches, added, fixed) if one is not None)
 
 
 def _forms(
@@ -122,8 +121,8 @@ def _forms(
 ) -> tuple[Tensor, Tensor | None]:
     """Return which captions are scored directly, bool (T,), and the Gram matrix if one is read."""
     making = 0.0 if gram is not None else float(patches.shape[1] ** 2 * patches.shape[2])
-    sources = sum(one.shape[1] for one in (patches, added, fixed) if one is not None)
-    direct = direct_pays(word_mask.sum(1), tokens, sources, patches.shape[2], k, making)
+    sources, channels = _sources(patches, fixed, added), patches.shape[2]
+    direct = direct_pays(word_mask.sum(1), tokens, sources, channels, k, making)
     if gram is None and not direct.all():
         gram = multiply(patches, patches.transpose(1, 2))
     return direct, gram

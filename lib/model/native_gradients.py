@@ -207,18 +207,10 @@ class _Backward:
             "for_words": for_words,
             "for_tokens": for_tokens,
         }
-        written = {
-            "products": products,
-            "d_scores": self.scores.new_zeros(self.scores[part].shape),
-            "d_logits": peaks.new_zeros(peaks.shape),
-        }
+        written = {"products": products, **self._zeros(part)}
         if self.added is not None:
             tensors["cross"] = multiply(self.added[part], patches.transpose(1, 2))  # (b_v, N_c, L)
             tensors["squares"] = self.added[part].square().sum(2)  # (b_v, N_c)
-            written["d_cross"] = peaks.new_zeros(peaks.shape)
-            written["d_squares"] = peaks.new_zeros(peaks.shape[:2])
-        if "patches" in self.out:
-            written["d_gram"] = self.gram.new_zeros(self.gram[part].shape)
         sizes = {
             "images": len(reached),
             "captions": reached.shape[1],
@@ -235,6 +227,20 @@ class _Backward:
             if name in self.out:
                 self.out[name][part] = written["d_" + name]
         self._add_norms(part, written)
+
+    def _zeros(self, part: slice) -> dict[str, Tensor]:
+        """Return what gradients of some images are added to."""
+        peaks = self.peaks[part]
+        zeros = {
+            "d_scores": self.scores.new_zeros(self.scores[part].shape),
+            "d_logits": peaks.new_zeros(peaks.shape),
+        }
+        if self.added is not None:
+            zeros["d_cross"] = peaks.new_zeros(peaks.shape)
+            zeros["d_squares"] = peaks.new_zeros(peaks.shape[:2])
+        if "patches" in self.out:
+            zeros["d_gram"] = self.gram.new_zeros(self.gram[part].shape)
+        return zeros
 
     def _add_norms(self, part: slice, written: dict[str, Tensor]) -> None:
         """Add what comes through the norms of tokens: V Vᵀ, A Vᵀ and |a|² of added tokens A."""
