@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,22 @@ def test_the_ranks_are_those_of_the_whole_matrix(method, tmp_path, few_texts):
     np.testing.assert_array_equal(right, matrix[OWNERS, np.arange(CAPTIONS)])  # to the bit
     carried = {"image": (True, False), "caption": (False, True), None: (False, False)}
     assert found.carried == carried[model.dense_owner]
+
+
+@pytest.mark.parametrize("method", ["laps", "seps"])
+def test_the_ranks_at_a_size_that_people_use(method, tmp_path, few_texts):
+    """196 patches, 512 channels: there the compiled code scores."""
+    model = tiny_model(method, img_res=112, embed_size=512).eval()
+    split = loaders(model, method)
+    pixels = torch.randint(0, 256, (IMAGES, 3, 112, 112), dtype=torch.uint8)
+    pixels[5] = pixels[2]
+    small = split.images.make
+    split.images.make = lambda rows: replace(small(rows), pixels=pixels[rows])
+    matrix = score_split(model, split, CPU, nullcontext, False).matrix
+    found = part(tmp_path, model, split).finished().ranks["all"]
+    whole = query_ranks(matrix, caption_images=OWNERS)
+    assert (found.i2t.tolist(), found.t2i.tolist()) == (whole.i2t.tolist(), whole.t2i.tolist())
+    assert found.ties == whole.ties > 0
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path, few_texts, monkeypatch):
