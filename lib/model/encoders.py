@@ -29,6 +29,7 @@ from lib.model.gru import GRUTextEncoder
 from lib.model.image_backbones import image_tokens, token_layout
 from lib.model.lora import add_lora
 from lib.model.preprocessing import Preprocessing, choose_preprocessing
+from lib.model.product import Linear, with_compiled_linears
 from lib.model.sentence import SentenceEncoder
 from lib.model.text_backbones import most_positions, text_hidden
 from lib.model.timm_backbones import PREFIX, TimmConfig, build_timm, timm_preprocessing
@@ -38,7 +39,7 @@ def _projection(width: int, embed_size: int) -> nn.Module:
     if width == embed_size:
         return nn.Identity()
     check_fits({f"--embed_size {embed_size}": 4.0 * width * embed_size}, "the projection")
-    return nn.Linear(width, embed_size)
+    return Linear(width, embed_size)
 
 
 Encoder = TypeVar("Encoder", bound=BackboneEncoder)
@@ -63,7 +64,7 @@ class ImageEncoder(BackboneEncoder):
         preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = with_compiled_linears(backbone)
         self.img_res = image_size(img_res)
         self.preprocessing = preprocessing or Preprocessing()
         self.layout = token_layout(backbone, self.img_res)
@@ -140,7 +141,7 @@ class TextEncoder(BackboneEncoder):
 
     def __init__(self, backbone: nn.Module, embed_size: int, pad_id: int = 0) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = with_compiled_linears(backbone)
         self.pad_id = pad_id
         self.width = backbone.config.hidden_size
         self.max_positions = most_positions(backbone)

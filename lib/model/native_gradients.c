@@ -56,6 +56,7 @@ typedef struct {
     float *slopes;                     /* of a token's best word; then that over its number */
 } Scratch;
 
+/* The fused token that drops nothing keeps its first inverse, 0: no gradient passes. */
 static float inverse_norm(float square) {
     return square < SMALLEST_SQUARE ? 0 : 1 / sqrtf(square);
 }
@@ -136,7 +137,7 @@ static float slope(float cosine) { return cosine > 0 ? 1 : 0.1f; }
 /* Gradients of the cosines: those of the maxima, shared evenly by all that are equal. */
 static void differentiate(const Gradients *call, const uint8_t *mask, const float *for_words,
                           const float *for_tokens, int64_t count, Scratch *s) {
-    int64_t columns = s->columns, fused = call->tokens, drops = s->kept.count < call->patches;
+    int64_t columns = s->columns;
     memset(s->slopes, 0, 4 * columns);
     for (int64_t e = 0; e < columns; e++) s->best[e] = NOTHING;
     for (int64_t q = 0; q < count; q++)
@@ -159,13 +160,12 @@ static void differentiate(const Gradients *call, const uint8_t *mask, const floa
             gradients[e] = cosines[e] == s->best[e] ? s->slopes[e] : 0;
             gradients[e] += cosines[e] + s->unseen[e] == best ? share : 0;
         }
-        if (!drops) gradients[fused] = 0; /* a zero has none */
     }
     memset(s->steepness, 0, 4 * columns);
     for (int64_t q = 0; q < count; q++)
         for (int64_t e = 0; e < s->every; e++)
             s->steepness[e] += s->gradients[q * columns + e] * s->cosines[q * columns + e];
-    for (int64_t e = 0; e <= fused; e++) s->steepness[e] *= -0.5f * s->inverse[e] * s->inverse[e];
+    for (int64_t e = 0; e <= call->tokens; e++) s->steepness[e] *= -0.5f * s->inverse[e] * s->inverse[e];
 }
 
 /* Through the weights of the aggregated tokens to logits and added tokens. */

@@ -55,7 +55,8 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool =
 def serves(*tensors: Tensor) -> bool:
     """Return whether the C code multiplies such tensors: float32 on the CPU, no autocast."""
     floats = all(one.is_cpu and one.dtype == torch.float32 for one in tensors)
-    return floats and not torch.is_autocast_enabled("cpu") and compiled.is_available()
+    other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return floats and not other and compiled.is_available()
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -90,6 +91,21 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product = matmul(rows.reshape(-1, rows.shape[-1]), weight.T)
     product = product if bias is None else product + bias
     return product.view(*rows.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def with_compiled_linears(network: nn.Module) -> nn.Module:
+    """Return the network, whose plain linear layers are `Linear` from now on; weights stay."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return network
 
 
 def apply_layers(layers: nn.Sequential, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib.model import compiled
-from lib.model.product import apply_layers, multiply
+from lib.model.product import Linear, apply_layers, matmul, multiply, with_compiled_linears
 
 SIDES = st.integers(0, 80) | st.sampled_from([127, 200, 257, 300])
 
@@ -124,3 +124,41 @@ def test_sizes_that_do_not_fit_are_refused_and_nan_is_handed_on():
     found = multiply(left, torch.ones(30, 40))
     assert found[7].isnan().all()
     assert found.isnan().sum() == 40
+
+
+@pytest.mark.usefixtures("_width")
+@pytest.mark.parametrize("shapes", [((7, 5), (5, 9)), ((3, 7, 5), (3, 5, 9))])
+def test_products_have_a_gradient_and_a_second_one(shapes):
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    wide = [side.detach().double().requires_grad_() for side in sides]
+    derived = []
+    for operands, function in ((sides, matmul), (wide, torch.matmul)):
+        first = torch.autograd.grad(function(*operands).pow(3).sum(), operands, create_graph=True)
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), operands)
+        derived.append((*first, *second))
+    for found, wanted in zip(*derived, strict=True):
+        assert (found.double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_linear_layers_of_a_network_are_compiled_and_stay_what_they_are(monkeypatch):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Sequential(nn.Linear(7, 3, bias=False)))
+    plain, rows = copy.deepcopy(network), torch.randn(4, 6, 5, requires_grad=True)
+    calls, call = [], compiled.call
+    monkeypatch.setattr(compiled, "call", lambda name, jobs: calls.append(name) or call(name, jobs))
+    assert with_compiled_linears(network) is network
+    assert isinstance(network[0], Linear)
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(network(rows), plain(rows))
+    assert bool(calls) == compiled.is_available()
+    over = [rows, *network.parameters()], [rows, *plain.parameters()]
+    found = torch.autograd.grad(network(rows).square().sum(), over[0])
+    wanted = torch.autograd.grad(plain(rows).square().sum(), over[1])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert network(rows).dtype == torch.bfloat16
+    assert network.double()(rows.double()).dtype == torch.float64
+    assert not calls

@@ -20,6 +20,7 @@ from tokenizers import (
     trainers,
 )
 from torch import nn
+from torch.nn.functional import pad
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import eval as evaluation
@@ -248,6 +249,33 @@ def test_every_parameter_that_asks_for_gradient_gets_it(saved, family):
     asking = {name for name, p in encoder.named_parameters() if p.requires_grad}
     assert {name for name in asking if encoder.get_parameter(name).grad is None} == set()
     assert len(asking) > 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_all_lengths_is_read_in_parts_with_the_gradient_of_one(family, saved):
+    encoder, _ = encoder_of(family, saved(family))
+    encoder.eval()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 19, (40,), generator=generator)
+    ids = torch.randint(5, 30, (40, int(lengths.max())), generator=generator)
+    calls = []
+    encoder.backbone.register_forward_hook(lambda *_: calls.append(1))
+    found = encoder(ids, lengths)
+    assert (len(calls) > 1) == ("siglip" not in family)
+    weights = torch.randn(found.local.shape, generator=generator) * found.mask[..., None]
+    parts = [encoder(ids[row : row + 1, : lengths[row]], lengths[[row]]).local for row in range(40)]
+    width = found.local.shape[1]
+    alone = torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
+    real = found.mask[..., None].expand_as(alone)
+    torch.testing.assert_close(found.local[real], alone[real], atol=1e-5, rtol=1e-5)
+    learning = {name: one for name, one in encoder.named_parameters() if one.requires_grad}
+    one, other = (
+        torch.autograd.grad((local * weights).sum(), list(learning.values()), allow_unused=True)
+        for local in (found.local, alone)
+    )
+    for name, ours, wanted in zip(learning, one, other, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_texts_longer_than_the_positions_are_refused(saved):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from lib.training.optim import (
     build_optimizer,
     cosine_decay,
+    parameter_groups,
     set_learning_rate,
     step_decay,
     with_warmup,
@@ -54,3 +56,18 @@ def test_each_backbone_may_have_its_own_rate():
     own = {id(p) for p in model.text_encoder.backbone.parameters()}
     assert {id(p) for p in groups["text backbone"]["params"]} == own
     assert len(build_optimizer(model, 1e-3, (0.1, 0.1)).param_groups) == 2
+
+
+def test_on_the_cpu_one_pass_updates_the_weights_as_many_do():
+    models = [tiny_model(embed_size=16) for _ in range(2)]
+    fused = build_optimizer(models[0], learning_rate=1e-2)
+    assert fused.param_groups[0]["fused"]
+    plain = torch.optim.AdamW(parameter_groups(models[1], 1e-2, 0.1, 1e-4), betas=(0.9, 0.999))
+    for step in range(3):
+        for model, optimizer in zip(models, (fused, plain), strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for one in model.parameters():
+                one.grad = torch.randn(one.shape, generator=generator)
+            optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
