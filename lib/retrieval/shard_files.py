@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "evaluation-shards", 1
 FACTS = "facts"  # the array that holds them, as JSON
 BFLOAT16 = ":bf16"  # ends the name of an array whose bits are bfloat16, which numpy lacks
+PLAIN, NESTED = ("mask", "local", "cls", "sentence"), ("dense", "fragments")  # fields of `Tokens`
 TOLD = {  # what a manifest holds beside the data's fingerprint, in words
     "checkpoint_sha256": "another checkpoint",
     "data": "other captions or images",
@@ -74,17 +75,17 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def token_arrays(tokens: Tokens, prefix: str = "") -> dict[str, np.ndarray]:
     """Return features as arrays, to the bit, padding left out."""
-    plain = {"mask": tokens.mask, "local": tokens.local[tokens.mask], "cls": tokens.cls}
     arrays = {}
-    for name, tensor in plain.items():
+    for name in PLAIN:
+        tensor, ending = getattr(tokens, name), ""
         if tensor is None:
             continue
-        tensor, ending = tensor.detach().cpu(), ""
+        tensor = (tensor[tokens.mask] if name == "local" else tensor).detach().cpu()
         if tensor.dtype == torch.bfloat16:
             tensor, ending = tensor.contiguous().view(torch.int16), BFLOAT16
         arrays[prefix + name + ending] = tensor.numpy()
-    for name, inner in (("dense", tokens.dense), ("fragments", tokens.fragments)):
-        if inner is not None:
+    for name in NESTED:
+        if (inner := getattr(tokens, name)) is not None:
             arrays |= token_arrays(inner, f"{prefix}{name}.")
     return arrays
 
@@ -94,7 +95,7 @@ def arrays_tokens(
 ) -> Tokens | None:
     """Return the features of `token_arrays`, zeros in the place of padding; None without any."""
     found: dict[str, Tensor] = {}
-    for name in ("mask", "local", "cls"):
+    for name in PLAIN:
         if prefix + name in arrays:
             found[name] = torch.from_numpy(arrays[prefix + name]).to(device)
         elif prefix + name + BFLOAT16 in arrays:
@@ -102,13 +103,11 @@ def arrays_tokens(
             found[name] = bits.view(torch.bfloat16).to(device)
     if not found:
         return None
-    real, mask = found["local"], found["mask"]
+    real, mask = found.pop("local"), found.pop("mask")
     local = real.new_zeros(*mask.shape, real.shape[-1])  # (B, N, C)
     local[mask] = real
-    inner = {
-        name: arrays_tokens(arrays, device, f"{prefix}{name}.") for name in ("dense", "fragments")
-    }
-    return Tokens(local, mask, found.get("cls"), **inner)
+    inner = {name: arrays_tokens(arrays, device, f"{prefix}{name}.") for name in NESTED}
+    return Tokens(local, mask, **found, **inner)
 
 
 # --- the manifest ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from lib.retrieval.evaluation import SplitLoaders, score_split
 from lib.retrieval.metrics import query_ranks
 from lib.retrieval.result_files import read_ranks
 from lib.retrieval.shard_files import (
+    NESTED,
+    PLAIN,
     arrays_tokens,
     open_manifest,
     read_arrays,
@@ -92,9 +94,12 @@ def few_texts(monkeypatch):
     monkeypatch.setattr(sharded, "TEXTS_AT_ONCE", 4)
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_the_ranks_are_those_of_the_whole_matrix(method, tmp_path, few_texts):
-    model = tiny_model(method).eval()
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((name, {}) for name in method_names()), ("seps", {"dense_match": "sentence"})],
+)
+def test_the_ranks_are_those_of_the_whole_matrix(method, options, tmp_path, few_texts):
+    model = tiny_model(method, **options).eval()
     split = loaders(model, method)
     matrix = score_split(model, split, CPU, nullcontext, False).matrix
     found = part(tmp_path, model, split).finished()
@@ -191,6 +196,8 @@ def test_tokens_come_back_to_the_bit(tmp_path, dtype):
 
     tokens = cast(random_tokens(5, 6, 4, 0, ragged=True, cls=True))
     tokens.dense = cast(random_tokens(5, 3, 4, 1, ragged=True))
+    tokens.sentence, tokens.dense.fragments = torch.rand(5, 3).to(dtype), tokens.dense[:5]
+    assert {*PLAIN, *NESTED} == {field.name for field in fields(Tokens)}
     write_arrays(tmp_path / "a.npz", token_arrays(tokens), {"host": "here"})
     arrays, facts = read_arrays(tmp_path / "a.npz")
     found = arrays_tokens(arrays, CPU)
@@ -200,6 +207,8 @@ def test_tokens_come_back_to_the_bit(tmp_path, dtype):
         assert torch.equal(one.local[one.mask], other.local[one.mask])
         assert not other.local[~one.mask].any()
     assert torch.equal(tokens.cls, found.cls)
+    assert torch.equal(tokens.sentence, found.sentence)
+    assert torch.equal(found.dense.fragments.local, found.dense.local)
     assert found.dense.cls is None
 
 
