@@ -15,7 +15,7 @@ from lib.model.precision import autocast_for
 from lib.retrieval import outcome
 from lib.retrieval.evaluation import result_names
 from lib.retrieval.protocol import protocol_of
-from lib.retrieval.result_files import RESULTS
+from lib.retrieval.result_files import RESULTS, code_digest
 from lib.retrieval.shard_files import open_manifest
 from lib.retrieval.sharded import ShardedEvaluation, stages_told
 from scoring import (
@@ -44,6 +44,7 @@ def evaluate_in_shards(
     names = result_names(member.split.dataset, args.split, member.loaders.num_images)
     work = ShardedEvaluation(*how, names, args.batch_size, args.shard_images)
     depends = {**made_from(member, args, device, anywhere=True), **work.settings}
+    depends["code"] = code_digest()  # a commit tells nothing of changes to it
     with distributed.together():
         open_manifest(work.folder, depends)
     unseen = distributed.hosts_without(work.folder)

@@ -284,7 +284,7 @@ def together() -> Iterator[None]:
     error = None
     try:
         yield
-    except (InputError, WorkerError, OSError) as caught:
+    except (InputError, NonFiniteError, WorkerError, OSError) as caught:
         error = caught
     agree(error)
 

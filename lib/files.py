@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def check_destination(path: str | os.PathLike, flag: str, make_folder: bool = Fa
             target.parent.mkdir(parents=True, exist_ok=True)
         elif not target.parent.is_dir():
             raise InputError(f"{flag} {path}: give a file in a folder that exists")
-        probe = target.with_name(f".{target.name}.{os.getpid()}")
+        probe = temporary_beside(target)
         probe.touch()
         probe.unlink()
     except InputError:
@@ -155,9 +156,14 @@ def write_text_whole(path: Path, text: str) -> None:
 
 def write_bytes_whole(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves the old one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a hidden name beside a file that no other process has, on no machine either."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")

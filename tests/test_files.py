@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import warnings
 
 import numpy as np
@@ -19,6 +20,7 @@ from lib.files import (
     load_object,
     read_json,
     read_text,
+    temporary_beside,
     write_text_whole,
 )
 from lib.memory import check_fits, memory_bytes
@@ -161,3 +163,11 @@ def test_a_small_vocabulary_is_warned_of_with_counts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_small_vocabulary(30522, 30528, "--bert_path x")
+
+
+def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_path, monkeypatch):
+    here = temporary_beside(tmp_path / "results.json")
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-machine")
+    there = temporary_beside(tmp_path / "results.json")
+    assert here != there
+    assert here.parent == there.parent == tmp_path

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError, InputWarning
-from lib.files import load_object, read_json, write_text_whole
+from lib.files import load_object, read_json, temporary_beside, write_text_whole
 from lib.retrieval.metrics import QueryRanks
 
 RESULTS = "results.json"
 DAMAGED = (OSError, zipfile.BadZipFile, zlib.error)  # what a torn .npz raises
+RANKS = ("i2t", "t2i", "caption_images")  # arrays of a file of ranks
 CHANGES = "+changes"  # behind the commit of files that differ from it
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
@@ -55,6 +56,16 @@ def code_facts() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def code_digest() -> str:
+    """Return a SHA-256 of this program's own files, which tells changes that no commit does."""
+    root = Path(__file__).resolve().parents[2]
+    files = [one for kind in ("*.py", "lib/**/*.py", "lib/**/*.[ch]") for one in root.glob(kind)]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _commit() -> str | None:
@@ -105,7 +116,7 @@ def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
 def save_matrix(path: str | Path, matrix: np.ndarray) -> None:
     """Write a matrix as a .npy file under exactly that name, whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             np.save(file, matrix)
@@ -123,25 +134,28 @@ def ranks_file(name: str) -> str:
 
 
 def write_ranks(path: str | Path, ranks: QueryRanks) -> None:
-    """Write the rank of every query, compressed; nothing pickled."""
+    """Write the rank of every query, compressed; nothing pickled.
+
+    Several processes may write one file at the same time, as the last ones of eval.py --shards.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.part.npz")
-    np.savez_compressed(
-        temporary,
-        i2t=ranks.i2t.astype(np.int32),
-        t2i=ranks.t2i.astype(np.int32),
-        caption_images=ranks.caption_images.astype(np.int32),
-        folds=np.int32(ranks.folds),
-        ties=np.int32(ranks.ties),
-    )
-    temporary.replace(path)
+    arrays = {name: getattr(ranks, name).astype(np.int32) for name in RANKS}
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(
+                file, **arrays, folds=np.int32(ranks.folds), ties=np.int32(ranks.ties)
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_ranks(path: str | Path) -> QueryRanks:
     """Return what `write_ranks` wrote. Raises InputError where the file is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("i2t", "t2i", "caption_images")}
+            arrays = {name: file[name] for name in RANKS}
             folds, ties = int(file["folds"]), int(file["ties"])
     except FileNotFoundError:
         raise InputError(

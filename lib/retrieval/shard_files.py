@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib.batch import Tokens
 from lib.errors import InputError
-from lib.files import read_json
+from lib.files import read_json, temporary_beside
 from lib.retrieval.result_files import DAMAGED
 
 MANIFEST = "manifest.json"
@@ -24,11 +24,14 @@ FORMAT, VERSION = "evaluation-shards", 1
 FACTS = "facts"  # the array that holds them, as JSON
 BFLOAT16 = ":bf16"  # ends the name of an array whose bits are bfloat16, which numpy lacks
 PLAIN, NESTED = ("mask", "local", "cls", "sentence"), ("dense", "fragments")  # fields of `Tokens`
+# what an OSError says of the machine, not of the file that was read
+ELSEWHERE = {errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 TOLD = {  # what a manifest holds beside the data's fingerprint, in words
     "checkpoint_sha256": "another checkpoint",
     "data": "other captions or images",
     "images": "other image files",
     "commit": "another version of this code",
+    "code": "other files of this code",
     "versions": "other versions of Python or its packages",
     "device": "another kind of device",
 }
@@ -36,7 +39,7 @@ TOLD = {  # what a manifest holds beside the data's fingerprint, in words
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Write arrays and plain facts as one .npz, whole or not at all; zip keeps checksums."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             np.savez(file, **arrays, **{FACTS: np.array(json.dumps(facts))})
@@ -51,23 +54,32 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | No
     """Return what `write_arrays` wrote.
 
     None where nothing is there; a damaged file is removed and counts as none: it is made anew.
+    Raises OSError where the file can't be read though it may be whole.
     """
+    arrays = _loaded(path)
+    return None if arrays is None else (arrays, json.loads(str(arrays.pop(FACTS))))
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """Return the facts alone, without reading the arrays; None and errors as `read_arrays`."""
+    found = _loaded(path, FACTS)
+    return None if found is None else json.loads(str(found[FACTS]))
+
+
+def _loaded(path: Path, *names: str) -> dict[str, np.ndarray] | None:
+    """Return the arrays of these names, all of the file where none is given."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return arrays, json.loads(str(arrays.pop(FACTS)))
+            found = {name: file[name] for name in names or file.files}
+        return found
     except FileNotFoundError:
         return None
-    except (*DAMAGED, ValueError, KeyError, EOFError):
+    except (*DAMAGED, ValueError, KeyError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno in ELSEWHERE:
+            raise
         with suppress(OSError):
             path.unlink()
         return None
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """Return the facts alone of a file that is there, without reading its arrays."""
-    with np.load(path, allow_pickle=False) as file:
-        return json.loads(str(file[FACTS]))
 
 
 # --- tokens ------------------------------------------------------------------------------------
@@ -123,7 +135,9 @@ def open_manifest(folder: Path, made_from: Mapping[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--shards {folder}: a file of that name is there; name a folder")
     if not path.exists():
-        if folder.exists() and any(not one.name.startswith(".") for one in folder.iterdir()):
+        names = os.listdir(folder) if folder.exists() else []
+        # another process may have begun it a moment ago
+        if MANIFEST not in names and any(not one.startswith(".") for one in names):
             raise InputError(f"--shards {folder} is there and holds other files: name a new folder")
         _create(folder, wanted)
     found = read_json(path)
@@ -142,7 +156,7 @@ def _create(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest where there is none: of several processes the first one's stands."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}"
+        temporary = temporary_beside(folder / MANIFEST)
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise InputError(f"--shards {folder} can't be written ({error.strerror})") from None

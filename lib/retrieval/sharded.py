@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from lib.batch import Rows
-from lib.distributed import broadcast_value, on_main
+from lib.distributed import broadcast_value, on_main, together
 from lib.errors import NonFiniteError
 from lib.methods.base import Method
 from lib.retrieval.claims import RESULT, holders, share_out, wait_for_group
@@ -111,10 +111,12 @@ class ShardedEvaluation:
     def finished(self) -> Merged | None:
         """Return what all files make after this process's part; None while others are at theirs.
 
-        Every rank of a distributed run calls it. Damaged files are made anew.
+        Every rank of a distributed run calls it; what fails on one is raised on all. Damaged files
+        are made anew.
         """
         for _ in range(2):  # again where the first time showed damage
-            self.run()
+            with together():
+                self.run()
             if not broadcast_value(self._all_there()):
                 return None
             found = broadcast_value(on_main(self.merged))
@@ -140,7 +142,10 @@ class ShardedEvaluation:
             kind: [self._path(kind, piece) for piece in self._pieces(kind).values()]
             for kind in UNITS
         }
-        facts = {kind: [read_facts(path) for path in paths[kind]] for kind in UNITS}
+        read = {kind: [read_facts(path) for path in paths[kind]] for kind in UNITS}
+        facts = {kind: [one for one in read[kind] if one is not None] for kind in UNITS}
+        if facts != read:
+            return None
         every = [one for kind in UNITS for one in facts[kind]]
         stages = {
             kind: {

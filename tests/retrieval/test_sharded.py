@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 import eval as evaluation
+import sharding
 import train
+from lib import distributed
 from lib.batch import Batch, Tokens
 from lib.errors import InputError, NonFiniteError
 from lib.methods.registry import method_names
@@ -179,6 +182,18 @@ def test_a_damaged_file_is_made_anew(tmp_path, few_texts, kind):
     assert path.read_bytes() != bytes(content)
 
 
+@pytest.mark.parametrize("kind", [TEXTS, OWN])
+def test_a_file_that_was_cut_off_when_all_was_done_is_made_anew(tmp_path, few_texts, kind):
+    model = tiny_model("vse").eval()
+    split = loaders(model, "vse")
+    whole = part(tmp_path, model, split).finished()
+    path = sorted((tmp_path / kind).iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-9])
+    found = part(tmp_path, model, split).finished()
+    np.testing.assert_array_equal(found.ranks["all"].t2i, whole.ranks["all"].t2i)
+    assert read_arrays(path) is not None
+
+
 def test_scores_that_are_not_finite_leave_no_file(tmp_path, few_texts):
     model = tiny_model("vse").eval()
     with torch.no_grad():
@@ -187,6 +202,20 @@ def test_scores_that_are_not_finite_leave_no_file(tmp_path, few_texts):
     with pytest.raises(NonFiniteError, match="similarities of images 0 to 1 are not finite"):
         part(tmp_path, model, loaders(model, "vse")).finished()
     assert list((tmp_path / OWN).iterdir()) == []
+
+
+def test_a_file_that_only_this_process_cannot_read_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    write_arrays(path, {"right": np.zeros(1)}, {})
+
+    def too_many(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", too_many)
+        with pytest.raises(OSError, match="Too many"):
+            read_arrays(path)
+    assert read_arrays(path) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -212,6 +241,24 @@ def test_tokens_come_back_to_the_bit(tmp_path, dtype):
     assert found.dense.cls is None
 
 
+def test_what_fails_on_one_process_is_told_to_all(tmp_path, few_texts, monkeypatch):
+    told = []
+
+    def agree(error):
+        told.append(error)
+        raise error
+
+    def full(self, *_):
+        raise NonFiniteError("NaN on this one's device")
+
+    monkeypatch.setattr(distributed, "agree", agree)
+    monkeypatch.setattr(ShardedEvaluation, "_scores", full)
+    model = tiny_model("vse").eval()
+    with pytest.raises(NonFiniteError, match="this one's device"):
+        part(tmp_path, model, loaders(model, "vse")).finished()
+    assert len(told) == 1
+
+
 def test_a_folder_of_anything_else_is_refused(tmp_path):
     open_manifest(tmp_path / "new", {"checkpoint_sha256": "a", "batch_size": 64})
     open_manifest(tmp_path / "new", {"checkpoint_sha256": "a", "batch_size": 64})
@@ -223,6 +270,16 @@ def test_a_folder_of_anything_else_is_refused(tmp_path):
         open_manifest(tmp_path / "full", {})
     with pytest.raises(InputError, match="a file of that name"):
         open_manifest(tmp_path / "full" / "notes.txt", {})
+
+
+def test_a_folder_that_another_process_began_a_moment_ago(tmp_path, monkeypatch):
+    open_manifest(tmp_path, {"batch_size": 64})
+    (tmp_path / TEXTS).mkdir()
+    there = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda one: one.name != "manifest.json" and there(one))
+    open_manifest(tmp_path, {"batch_size": 64})
+    with pytest.raises(InputError, match="begun with another batch_size"):
+        open_manifest(tmp_path, {"batch_size": 32})
 
 
 # --- through eval.py -----------------------------------------------------------------------------
@@ -241,7 +298,7 @@ def argv(run: Path, data: Path, *more: str) -> list[str]:
 
 
 def test_the_program_prints_and_writes_what_the_ordinary_evaluation_does(
-    run, scenes_path, tmp_path, capsys
+    run, scenes_path, tmp_path, capsys, monkeypatch
 ):
     assert evaluation.main(argv(run, scenes_path)) == 0
     ordinary = json.loads((run / "results.json").read_text())["scenes"]
@@ -266,6 +323,9 @@ def test_the_program_prints_and_writes_what_the_ordinary_evaluation_does(
     assert "R@3" in capsys.readouterr().out
     assert evaluation.main([*shards, "--batch_size", "8"]) == 2
     assert "another batch_size" in capsys.readouterr().err
+    monkeypatch.setattr(sharding, "code_digest", lambda: "of other files")
+    assert evaluation.main(shards) == 2
+    assert "other files of this code" in capsys.readouterr().err
 
 
 def test_another_checkpoints_folder_is_refused(run, scenes_path, tmp_path, capsys):
@@ -282,6 +342,7 @@ def test_another_checkpoints_folder_is_refused(run, scenes_path, tmp_path, capsy
         (["--save_similarity", "s.npy"], "--save_similarity needs all similarities"),
         (["--evaluate_cxc", "1"], "--evaluate_cxc needs all similarities"),
         (["--rerank", "5"], "--shards and --rerank"),
+        (["--selection_control", "random"], "--shards and --selection_control random"),
         (["--shard_images", "0"], "--shard_images 0"),
     ],
 )
