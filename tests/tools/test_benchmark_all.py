@@ -248,12 +248,18 @@ def test_epoch_command(method, tmp_path, capsys):
     assert parts == [
         *("text encoder", "image head", "similarity", "optimizer"),
         *("text encoder", "image head", "similarity"),
+        *("text encoder", "image head", "similarity", "optimizer"),
     ]
-    assert sum(row["part"] for row in rows) == pytest.approx(2)
+    assert sum(row["part"] for row in rows) == pytest.approx(3)
+    for number in range(3):
+        assert rows[7 + number]["ours"] == pytest.approx(
+            rows[number]["ours"] + rows[4 + number]["ours"]
+        )
     judged = [row for row in rows if "met" in row]
     assert [row["of_text"] for row in judged] == [
         pytest.approx(rows[2]["ours"] / rows[0]["ours"]),
         pytest.approx(rows[6]["ours"] / rows[4]["ours"]),
+        pytest.approx(rows[9]["ours"] / rows[7]["ours"]),
     ]
     assert all(row["met"] == (row["of_text"] <= 1) for row in judged)
     assert "the rest by proportion" in capsys.readouterr().out

@@ -157,18 +157,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     evaluation = evaluation_seconds(case, model, args, clock)
     steps = math.ceil(EPOCH / case.batch)
     images, captions = EVALUATION
+    epoch = {part: steps * one for part, one in epoch.items()}
+    both = {part: one + evaluation.get(part, 0.0) for part, one in epoch.items()}
+    trained = f"{args.repeats} of {steps:,} steps of {case.batch} pairs measured"
+    scored = (
+        f"{args.encoded} captions and {parts_of(images)[0].stop} x {args.scored} pairs measured"
+    )
     return [
-        *rows_of(
-            f"epoch of {EPOCH:,} pairs, {case.mode}",
-            {part: steps * one for part, one in epoch.items()},
-            f"{case.name}: {args.repeats} of {steps:,} steps of {case.batch} pairs measured",
-        ),
-        *rows_of(
-            f"evaluation {images:,} x {captions:,}",
-            evaluation,
-            f"{case.name}: {args.encoded} captions and {parts_of(images)[0].stop} x {args.scored} "
-            "pairs measured",
-        ),
+        *rows_of(f"epoch of {EPOCH:,} pairs, {case.mode}", epoch, f"{case.name}: {trained}"),
+        *rows_of(f"evaluation {images:,} x {captions:,}", evaluation, f"{case.name}: {scored}"),
+        *rows_of("both", both, f"{case.name}: {trained}, and {scored}"),
     ]
 
 
