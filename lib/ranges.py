@@ -111,6 +111,6 @@ def check_ranges(values: Mapping[str, Any], source: str = "") -> None:
             if not allowed.holds(number):
                 where = f"{source}: " if source else ""
                 told = f"--{SPELT.get(flag, flag)} {number}"
-                most = math.isfinite(number) and allowed.low <= number
+                most = math.isfinite(number) and number > allowed.high
                 fitting = f"at most {allowed.high:,}" if most and allowed.high >= MOST else allowed
                 raise InputError(f"{where}{told}: give {fitting}")

@@ -175,9 +175,9 @@ def test_one_call_measures_and_tells(tmp_path, capsys, monkeypatch):
     assert "- step growth: time ~ n^" in told
 
 
-def test_a_budget_below_a_second_is_refused(capsys):
+def test_no_budget_is_refused(capsys):
     assert main(["all", "--budget", "0"]) == 2
-    assert "--budget 0.0: give a whole number of at least 1" in capsys.readouterr().err
+    assert "--budget 0.0: give a number above 0" in capsys.readouterr().err
 
 
 # --- the report ----------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[Row]:
     """Yield a row for each measurement, as it is done."""
-    check_at_least_one(args, "repeats", "budget")
+    check_at_least_one(args, "repeats")
     started = time.monotonic()
     device = torch_device(args.device)
     sizes = SIZES[args.sizes or ("full" if device.type == "cuda" else "small")]
