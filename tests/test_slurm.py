@@ -112,7 +112,7 @@ def test_an_evaluation_is_shared_by_the_tasks(run):
 
 
 def test_a_folder_is_encoded_and_merged(run):
-    words = run("index.sbatch", PICTURES="photos", INDEX="i")
+    words = run("index.sbatch", "--store", "int8", PICTURES="photos", INDEX="i")
     args = search_parser().parse_args(words[2:])
     assert (words[:2], args.command, args.folder, args.out) == (
         ["-m", "tools.search"],
@@ -120,8 +120,10 @@ def test_a_folder_is_encoded_and_merged(run):
         "photos",
         "i",
     )
-    args = search_parser().parse_args(run("index.sbatch", "merge", INDEX="i")[2:])
-    assert (args.command, args.indices) == ("merge", ["i"])
+    assert args.store == "int8"
+    words = run("index.sbatch", "merge", "--faiss", "flat", INDEX="i")
+    args = search_parser().parse_args(words[2:])
+    assert (args.command, args.indices, args.faiss) == ("merge", ["i"], "flat")
 
 
 def test_the_readmes_two_nodes_parse():

@@ -45,6 +45,7 @@ from tools.opened import (
 CHECKED_AMONG = 1000  # pictures outside the shortlist that are scored to see what it missed
 CAPTIONS_AT_ONCE = 128
 FITTED_TO = 192  # captions
+ARRAY = "ID", "COUNT", "MIN", "MAX"  # ends of Slurm's variables of an array's task
 
 
 @program
@@ -275,13 +276,22 @@ def read_part(text: str | None) -> Part:
     if text is None and int(env.get("WORLD_SIZE", 1)) > 1:
         return Part(int(env["RANK"]) + 1, int(env["WORLD_SIZE"]))
     if text is None and "SLURM_ARRAY_TASK_COUNT" in env:
-        first = int(env.get("SLURM_ARRAY_TASK_MIN", 0))
-        number = int(env["SLURM_ARRAY_TASK_ID"]) - first + 1
-        return Part(number, int(env["SLURM_ARRAY_TASK_COUNT"]))
+        return _part_of_array(*(int(env.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in ARRAY))
     number, _, count = (text or "1/1").partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise InputError(f"--part {text}: give i/n with i from 1 to n, as 2/8")
     return Part(int(number), int(count))
+
+
+def _part_of_array(task: int, count: int, first: int, last: int) -> Part:
+    """Return the share of one task of an array whose numbers have no gaps; InputError with gaps."""
+    if last and last - first + 1 != count:
+        raise InputError(
+            f"the Slurm array has {count} tasks numbered {first} to {last}, some left out, so that "
+            "none would take their pictures: submit the whole array again, which reads what is "
+            "missing alone, or give --part i/n"
+        )
+    return Part(task - first + 1, count)
 
 
 def merge(args: argparse.Namespace) -> None:

@@ -105,7 +105,10 @@ class Page:
             batch = query_batch(self.opened, text)
         except InputError:
             return [], said(f"No match: the model knows no word of “{text}”."), [], None, ""
-        hits = self.searcher.find(batch, int(min(max(top or 1, 1), MOST_SHOWN)))
+        try:
+            hits = self.searcher.find(batch, int(min(max(top or 1, 1), MOST_SHOWN)))
+        except InputError:  # its shards were given back, or can't be read
+            return [], said("The index was changed meanwhile: start the page again."), [], None, ""
         gallery = [(self.thumbnail(one.picture), f"{one.score:.3f}  {one.path}") for one in hits]
         told = f"{len(hits)} of {len(self.searcher.index)} pictures for “{text}”"
         if batch.lengths[0] == self.opened.args.max_word:

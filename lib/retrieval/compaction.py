@@ -65,12 +65,18 @@ def _write_anew(index: PictureIndex, shards: list[str]) -> None:
     numbers = [index.shards.index(one) for one in shards]
     rows = np.flatnonzero(np.isin(index.shard_of, numbers))
     rows = rows[index.reading_order(rows)]
-    for first in range(0, len(rows), SHARD_PICTURES):
-        part = rows[first : first + SHARD_PICTURES]
+    # a shard keeps dense texts of all its rows or of none
+    told = np.isin(index.shard_of[rows], [one for one in numbers if index.has_texts(one)])
+    for part in (*_parts(rows[told]), *_parts(rows[~told])):
         pictures = [index.pictures[one] for one in part]
         kept = index.vectors_of(part), index.records(part), index.dense_texts(part)
         written = index.add_shard(Part(), pictures, *kept)
         _settle(written)
+
+
+def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(rows), SHARD_PICTURES):
+        yield rows[first : first + SHARD_PICTURES]
 
 
 def _settle(shard: Path) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.files import read_json, write_json
 from lib.retrieval.records import RecordFile, joined
+from lib.retrieval.shard_texts import NAME as TEXTS
 from lib.retrieval.shard_texts import read_texts, write_texts
 
 MANIFEST, SHARDS = "manifest.json", "shards"
@@ -257,6 +258,10 @@ class PictureIndex:
             for place, text in zip(mine, texts, strict=True):
                 found[place] = text
         return found
+
+    def has_texts(self, shard: int) -> bool:
+        """Return whether a shard, by its number, keeps dense texts."""
+        return (self.folder / SHARDS / self.shards[shard] / TEXTS).exists()
 
     def reading_order(self, pictures: np.ndarray) -> np.ndarray:
         """Return the places in `pictures` in the order in which their records lie on disk."""

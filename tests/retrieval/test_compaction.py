@@ -82,6 +82,18 @@ def test_a_small_share_stays_unless_asked(tmp_path):
     assert content(index) == {"a": (2, 2, 2), **{name: (1, 1, 1) for name in "bcdefgh"}}
 
 
+def test_pictures_with_dense_texts_keep_them_beside_some_without(tmp_path):
+    index = PictureIndex.create(tmp_path / "index", MANIFEST)
+    add(index, 1, ["a", "b"])
+    add(index, 2, ["c", "d"])
+    (index.folder / "shards" / index.shards[0] / "dense.jsonl").unlink()  # of an earlier version
+    add(index, 3, ["a", "c"])
+    assert compact(index, 0) == 2
+    texts = {p.path: index.dense_texts(np.array([n])) for n, p in enumerate(index.pictures)}
+    kept = {"a": 3, "c": 3, "d": 2}
+    assert texts == {"b": None, **{name: [f"{name} {kept[name]}\u2028"] for name in kept}}
+
+
 def test_all_pictures_gone(tmp_path):
     index = PictureIndex.create(tmp_path / "index", MANIFEST)
     add(index, 1, ["a", "b"])

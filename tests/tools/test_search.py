@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lib.batch import Tokens
+from lib.errors import InputError
 from lib.retrieval import search as search_module
 from lib.retrieval.index import Part, PictureIndex, find_pictures
 from tools.opened import open_checkpoint
@@ -158,6 +159,11 @@ def test_torchrun_and_slurm_number_the_parts(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
     assert read_part(None) == Part(3, 4)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "8")
+    assert read_part(None) == Part(3, 4)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "11")  # --array=5,7,9,11
+    with pytest.raises(InputError, match="4 tasks numbered 5 to 11, some left out"):
+        read_part(None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert read_part(None) == Part(1, 2)

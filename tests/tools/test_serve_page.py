@@ -66,6 +66,15 @@ def test_what_is_not_there_any_more_is_a_sentence(page, photos):
     assert "can't be read any more" in page.explain([[TEXT, 99, "x.jpg"]], 0)[1]
 
 
+def test_an_index_that_gave_rows_back_meanwhile_is_a_sentence(page):
+    index = page.searcher.index
+    for shard in (index.folder / "shards").iterdir():
+        shard.rename(shard.with_name(f".{shard.name}.dead"))
+    found, told, state, _, _ = page.search(TEXT, 3)
+    assert (found, state) == ([], [])
+    assert "start the page again" in told
+
+
 def test_nothing_asked_and_nothing_known(page):
     assert page.search("  ", 5)[0] == []
     assert "knows no word" in page.search("ЖЖ", 5)[1]
