@@ -135,9 +135,9 @@ def open_manifest(folder: Path, made_from: Mapping[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--shards {folder}: a file of that name is there; name a folder")
     if not path.exists():
-        names = os.listdir(folder) if folder.exists() else []
+        there = os.listdir(folder) if folder.exists() else []
         # another process may have begun it a moment ago
-        if MANIFEST not in names and any(not one.startswith(".") for one in names):
+        if MANIFEST not in there and any(not one.startswith(".") for one in there):
             raise InputError(f"--shards {folder} is there and holds other files: name a new folder")
         _create(folder, wanted)
     found = read_json(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -107,6 +108,24 @@ def test_each_row_is_tuned_alike_and_run_with_what_was_best(recipe, rsums, tmp_p
     assert runner.commands == []
 
 
+def test_rows_that_are_not_picked_stay_on_the_page_as_they_were_tuned(recipe, rsums, tmp_path):
+    rsums["wide/laps"] = 20.0
+    runner, out = Runner(), tmp_path / "out"
+    words = ["--recipe", str(recipe), "--out", str(out)]
+    assert compare.main(words, runner, lambda _: 5) == 0
+    runner.commands.clear()
+    assert compare.main([*words, "--rows", "vse"], runner, lambda _: 5) == 0
+    page = (out / "README.md").read_text()
+    assert runner.commands == []
+    assert "| laps | `--margin 0.4 --method laps` |" in page
+    recipe.write_text(TEXT.replace("num_epochs: 1", "num_epochs: 2"))  # laps was tuned otherwise
+    fresh = tmp_path / "out/tuning"
+    for trial in ("default", "wide"):
+        shutil.rmtree(fresh / trial / "vse")
+    assert compare.main([*words, "--rows", "vse"], runner, lambda _: 5) == 0
+    assert "| laps |" not in (out / "README.md").read_text()
+
+
 def test_test_is_not_looked_at_before_every_trial_is_done(recipe, rsums, tmp_path):
     runner = Runner()
     compare.main(["--recipe", str(recipe), "--out", str(tmp_path / "out")], runner, lambda _: 5)
@@ -119,7 +138,10 @@ def test_a_row_whose_trial_failed_is_left_out(recipe, rsums, tmp_path, capsys):
     runner, out = Runner(), tmp_path / "out"
     runner.broken = {"laps"}
     assert compare.main(["--recipe", str(recipe), "--out", str(out)], runner, lambda _: 5) == 1
-    assert "laps seed 7 failed" in capsys.readouterr().err
+    told, page = capsys.readouterr().err, (out / "README.md").read_text()
+    for trial in ("default", "wide"):
+        assert f"laps seed 7, {trial} failed" in told
+        assert f"- laps seed 7, {trial}: " in page
     assert not (out / "laps").exists()
     assert (out / "vse/seed1/results.json").exists()
 
@@ -166,6 +188,9 @@ def test_jobs_run_at_the_same_time_but_stages_wait(recipe, tmp_path):
     [
         ("dataset: scenes", "data: scenes", "data is no part of a recipe"),
         ("against: laps", "against: scan", "scan is none of the rows"),
+        ("against: laps", "against: [laps]", "is none of the rows"),
+        ("seps, dense_side: none", "seps, weight_path: '@none'", "@none is none of the rows"),
+        ("{images: 20,", "{images: 0,", "looks: images: give at least 1"),
         ("margin: 0.2", "margn: 0.2", "did you mean margin"),
         ("margin: 0.4", "margin: [[1]]", "trial wide: margin"),
         ("{images: 20,", "{image: 20,", "looks holds images"),
@@ -197,3 +222,8 @@ def test_a_recipe_of_the_repository_parses_whole(path, tmp_path):
     comparing = compare.Comparison(args, [], Runner(), lambda _: 5)
     assert len(comparing.runs) == len(comparing.recipe.rows) * len(comparing.recipe.seeds)
     assert json.dumps([run.settings for run in comparing.runs])
+
+
+def test_a_quotation_that_is_not_closed_is_a_sentence(tmp_path, capsys):
+    assert compare.main(["--train", '"--workers 1', "--out", str(tmp_path)], Runner(), len) == 2
+    assert "No closing quotation" in capsys.readouterr().err

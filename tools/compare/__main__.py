@@ -169,7 +169,7 @@ class Comparison:
         self.rows = pick_rows(self.recipe.rows, args.rows)
         self.trials = self._planned_trials()
         self.runs = self._planned(self.rows)  # before tuning: flags that can't be are told now
-        self.others: list[Planned] = []  # rows not picked now, shown where they agree
+        self.others = self._planned_others()
         if not self.trials:
             self._adopt(self.rows)
         self.execute = execute
@@ -191,16 +191,27 @@ class Comparison:
             refuse_changed(run)
         return trials
 
+    def _planned_others(self) -> list[Planned]:
+        """Return the runs of rows not picked now, as tuned: they are shown where they agree."""
+        found: list[Planned] = []
+        for row in (one for one in self.recipe.rows if one not in self.rows):
+            with contextlib.suppress(InputError):
+                found += self._planned(self._tuned_before(row))
+        return found
+
+    def _tuned_before(self, row: Row) -> list[Row]:
+        """Return the row with the flags of its best trial; nothing where a trial is to come."""
+        if self.recipe.tuning is None:
+            return [row]
+        trials = plan_trials(self.recipe.tuning, [row], self.flags, self.out)
+        rsums = {name: None if changes(run) else dev_rsum(run) for name, run in trials.items()}
+        return tuned(self.recipe.tuning, [row], rsums)
+
     def _adopt(self, rows: Sequence[Row]) -> None:
         """Take these rows, with what was tuned, for those that are run and shown."""
         self.runs = self._planned(rows)
         for run in self.runs:
             refuse_changed(run)
-        if self.trials:
-            return
-        for row in (one for one in self.recipe.rows if one not in self.rows):
-            with contextlib.suppress(InputError):
-                self.others += self._planned([row])
 
     def run(self) -> int:
         """Run what is not finished, rewriting the page after each; return the exit code, 0 or 1."""
@@ -297,7 +308,7 @@ class Comparison:
             title,
             [*self._facts(runs), *differences_facts(against, self.recipe.against)],
             groups,
-            self.pool.unfinished(run.name for run in self.runs if found[run.name] is None),
+            self.pool.unfinished(self._without_results(found)),
             self._chart(groups, title),
             self.kind.splits,
             self.kind.recalls,
@@ -305,6 +316,11 @@ class Comparison:
             intervals_of(runs, self.kind.ranked_on),
         )
         write_text_whole(self.out / "README.md", "\n".join([page, *self._more()]))
+
+    def _without_results(self, found: dict[str, FinishedRun | None]) -> list[str]:
+        """Return the names of runs that the page lacks, and of trials that failed."""
+        failed = [one.name for one in self.trials.values() if one.name in self.pool.failures]
+        return [*failed, *(run.name for run in self.runs if found[run.name] is None)]
 
     def _more(self) -> list[str]:
         """Return the sections on what was tuned, and on the patches that are kept."""

@@ -56,23 +56,23 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises InputError with the file where it is none, or names a key, flag or row that is unknown.
     """
     values = _mapping(_loaded(path), "a recipe", path)
-    unknown = sorted(set(values) - KEYS)
+    unknown = sorted(set(values) - KEYS, key=str)
     if unknown:
         raise InputError(f"{path}: {unknown[0]} is no part of a recipe: {', '.join(sorted(KEYS))}")
     rows = _mapping(values.get("rows"), "rows", path)
     if not rows or "dataset" not in values:
         raise InputError(f"{path}: a recipe needs a dataset and rows")
-    against = values.get("against")
-    if against is not None and against not in rows:
-        raise InputError(f"{path}: against: {against} is none of the rows")
+    rows = {str(name): _words(flags, f"row {name}", path) for name, flags in rows.items()}
+    against = None if values.get("against") is None else str(values["against"])
+    before = [flag[1:] for flags in rows.values() for flag in flags if flag.startswith("@")]
+    for told, name in (("against: ", against), *(("@", one) for one in before)):
+        if name is not None and name not in rows:
+            raise InputError(f"{path}: {told}{name} is none of the rows")
     return Recipe(
         dataset=str(values["dataset"]),
         seeds=tuple(_integers(values.get("seeds", [0, 1, 2]), "seeds", path)),
         flags=_words(values.get("flags", {}), "flags", path),
-        rows=tuple(
-            Row(str(name), _words(flags, f"row {name}", path), baseline=name == against)
-            for name, flags in rows.items()
-        ),
+        rows=tuple(Row(name, flags, baseline=name == against) for name, flags in rows.items()),
         against=against,
         tuning=_tuning(values.get("tuning"), path),
         looks=_looks(values.get("looks"), path),
@@ -110,6 +110,8 @@ def _looks(values: Any, path: str | Path) -> Looks | None:
     given = _mapping(values, "looks", path)
     if "images" not in given or set(given) - {"images", "controls", "drawn"}:
         raise InputError(f"{path}: looks holds images, controls and drawn")
+    if given["images"] == 0:
+        raise InputError(f"{path}: looks: images: give at least 1")
     names = {key: tuple(str(one) for one in given.get(key) or ()) for key in ("controls", "drawn")}
     return Looks(_integers([given["images"]], "looks: images", path)[0], **names)
 

@@ -37,10 +37,11 @@ class Planned:
     folder: Path
     argv: list[str]
     settings: dict[str, Any]
+    trial: str = ""  # of tuning
 
     @property
     def name(self) -> str:
-        return f"{self.row.name} seed {self.seed}"
+        return f"{self.row.name} seed {self.seed}" + (f", {self.trial}" if self.trial else "")
 
     @property
     def log(self) -> Path:
@@ -133,7 +134,10 @@ def eval_command(run: Planned, split: str) -> list[str]:
 
 def flag_words(text: str, taken: Sequence[str]) -> list[str]:
     """Return the words of --train. Raises InputError for flags that a comparison sets itself."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:  # a quotation that is not closed
+        raise InputError(f"--train {text}: {error}") from None
     clash = [word for word in words if word.split("=")[0] in taken]
     if clash:
         raise InputError(f"--train {clash[0]}: this tool sets that flag itself; leave it out")

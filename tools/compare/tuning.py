@@ -20,10 +20,11 @@ def plan_trials(
 ) -> dict[tuple[str, str], Planned]:
     """Return a run for each row and trial, by both names; a row's own flags win over all."""
     return {
-        (row.name, trial): plan_run(
-            row, tuning.seed, [*flags, *tuning.flags, *words], out / FOLDER / trial
+        (row.name, trial): replace(
+            plan_run(row, tuning.seed, told, out / FOLDER / trial), trial=trial
         )
         for trial, words in tuning.trials.items()
+        for told in ([*flags, *tuning.flags, *words],)
         for row in rows
     }
 
