@@ -45,8 +45,8 @@ def _loaded(narrower: tuple[str, ...]) -> ctypes.CDLL | None:
     compiler = os.environ.get("CC", "cc")
     try:
         loaded = ctypes.CDLL(str(built(compiler, narrower)))
-    except (OSError, subprocess.SubprocessError):
-        return None  # no compiler, no place to write: PyTorch serves
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None  # no compiler, no place to write, no home folder: PyTorch serves
     return loaded
 
 

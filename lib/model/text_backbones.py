@@ -21,11 +21,15 @@ def text_hidden(backbone: nn.Module, ids: Tensor, mask: Tensor, pad_id: int) -> 
     so that is what they get here, whatever M is: a caption's features depend on no batch-mate.
     """
     if backbone.config.model_type not in WHOLE_LENGTH:
-        return _by_length(backbone, ids, mask)
+        return (_by_length if ids.is_cpu else _plainly)(backbone, ids, mask)
     width = ids.shape[1]
     whole = ids.masked_fill(~mask, pad_id)
     whole = pad(whole, (0, most_positions(backbone) - width), value=pad_id)  # (B, positions)
     return backbone(input_ids=whole).last_hidden_state[:, :width]
+
+
+def _plainly(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    return backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
 
 def _by_length(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
@@ -34,9 +38,9 @@ def _by_length(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     What stands in the padding is 0 where a part is shorter than the batch.
     """
     lengths = mask.sum(1).tolist()
-    parts = length_buckets(lengths, len(ids)) if ids.is_cpu else []
+    parts = length_buckets(lengths, len(ids))
     if len(parts) < 2:
-        return backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return _plainly(backbone, ids, mask)
     name, words = "input_ids", ids
     if backbone.config.model_type in WORDS_FIRST:
         name, words = "inputs_embeds", backbone.get_input_embeddings()(ids)  # (B, M, C)

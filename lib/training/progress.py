@@ -76,11 +76,16 @@ def saved_progress(state: dict[str, Any], pairs_per_batch: int) -> Progress:
 def restore_optimizer(
     state: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
-    """Put back moments and loss scale; rates, decay and betas stay those of this call's flags."""
+    """Put back moments and loss scale; rates, decay and betas stay those of this call's flags.
+
+    How weights are updated stays this device's: the loss scale goes by how the optimizer was made.
+    """
     flags = [
         {key: group[key] for key in RESUMED_WITH_NEW_FLAGS} for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(state["optimizer"])
+    fused = optimizer.defaults["fused"]
+    groups = [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]
+    optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
     for group, values in zip(optimizer.param_groups, flags, strict=True):
         group.update(values)
     if state["scaler"]:

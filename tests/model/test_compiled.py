@@ -55,3 +55,12 @@ def test_a_failing_function_is_told(monkeypatch):
     compiled.call("fails", [(0,), (0,)])
     with pytest.raises(MemoryError):
         compiled.call("fails", [(0,), (1,)])
+
+
+def test_without_a_home_folder_pytorch_serves(monkeypatch):
+    def unknown(cls):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", classmethod(unknown))
+    assert compiled._loaded.__wrapped__(()) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ import train
 from lib.data.model_tokenizer import ModelTokenizer
 from lib.errors import InputError
 from lib.model.encoders import build_text_encoder
+from lib.model.text_backbones import text_hidden
 from vocab import WordTokenizer, load_tokenizer, tokenizer_of
 
 TEXTS = [
@@ -322,3 +324,14 @@ def test_a_pretrained_minilm_is_read_to_the_id():
         tokens = encoder(torch.tensor([ids]), torch.tensor([len(ids)]))
         plain = AutoModel.from_pretrained(folder).eval()(torch.tensor([ids])).last_hidden_state
     torch.testing.assert_close(tokens.local, plain)
+
+
+def test_off_the_cpu_nobody_waits_for_lengths():
+    class Backbone(nn.Module):
+        config = SimpleNamespace(model_type="bert")
+
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(last_hidden_state=input_ids[..., None])
+
+    ids = torch.ones(40, 9, dtype=torch.long, device="meta")  # which has no numbers to wait for
+    assert text_hidden(Backbone(), ids, ids > 0, 0).shape == (40, 9, 1)

@@ -15,6 +15,7 @@ from lib.training.optim import (
     step_decay,
     with_warmup,
 )
+from lib.training.progress import restore_optimizer
 from tests.helpers import tiny_model
 
 
@@ -71,3 +72,21 @@ def test_on_the_cpu_one_pass_updates_the_weights_as_many_do():
             optimizer.step()
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_what_another_device_saved_goes_on_under_a_loss_scale(fused):
+    """A run of CUDA, or of before AdamW was fused on the CPU: GradScaler asks how it was made."""
+    before, model = tiny_model(embed_size=16), tiny_model(embed_size=16)
+    saved = torch.optim.AdamW(parameter_groups(before, 1e-2, 0.1, 1e-4), fused=fused)
+    for group in saved.param_groups:
+        group["base_lr"] = group["lr"]
+    optimizer, scaler = build_optimizer(model, 1e-2), torch.amp.GradScaler("cpu")
+    for one in before.parameters():
+        one.grad = torch.ones_like(one)
+    saved.step()
+    restore_optimizer({"optimizer": saved.state_dict(), "scaler": {}}, optimizer, scaler)
+    scaler.scale(sum(one.sum() for one in model.parameters())).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert {int(one["step"]) for one in optimizer.state.values()} == {2}
