@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -32,6 +32,10 @@ class D2SReleased(DenseToSparse):
 
     also_reads = SHARED_FLAGS  # d2s's group has them
     pad_id: int = 0
+
+    def __init__(self, image_encoder: Any, text_encoder: Any, *args: Any, **settings: Any) -> None:
+        text_encoder.reads_padding = True  # before the teacher is made a copy of it
+        super().__init__(image_encoder, text_encoder, *args, **settings)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> Self:

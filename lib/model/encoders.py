@@ -135,9 +135,12 @@ class TextEncoder(BackboneEncoder):
     """Any text backbone, then a projection to the joint space.
 
     ids (B, M), lengths (B,) -> Tokens(local (B, M, C)); padding words are zero-masked out of the
-    attention, and their features are whatever the backbone gives: the mask says which are real.
-    `pad_id` is the tokenizer's padding, which some families' attention reads.
+    attention, and their features mean nothing: the mask says which are real. `pad_id` is the
+    tokenizer's padding, which some families' attention reads. With `reads_padding`, for a method
+    that does, padding has the features that the backbone gives it.
     """
+
+    reads_padding: bool = False
 
     def __init__(self, backbone: nn.Module, embed_size: int, pad_id: int = 0) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ class TextEncoder(BackboneEncoder):
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the backbone's last hidden state, (B, M, width)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return text_hidden(self.backbone, ids, mask, self.pad_id)
+            return text_hidden(self.backbone, ids, mask, self.pad_id, self.reads_padding)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tokens:
         mask = length_mask(lengths, ids.shape[1])

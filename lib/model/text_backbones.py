@@ -14,14 +14,19 @@ WORDS_FIRST = ("bert",)  # word vectors may be handed in: one gradient of their 
 ENDLESS = 10**6  # for backbones that know no longest text
 
 
-def text_hidden(backbone: nn.Module, ids: Tensor, mask: Tensor, pad_id: int) -> Tensor:
+def text_hidden(
+    backbone: nn.Module, ids: Tensor, mask: Tensor, pad_id: int, reads_padding: bool = False
+) -> Tensor:
     """Return the last hidden state of word ids (B, M), (B, M, width); `mask` is True where real.
+
+    Without `reads_padding` nobody asks what the backbone says of padding, and it may be 0.
 
     SigLIP's towers were trained on texts padded to all their positions and attend to the padding,
     so that is what they get here, whatever M is: a caption's features depend on no batch-mate.
     """
     if backbone.config.model_type not in WHOLE_LENGTH:
-        return (_by_length if ids.is_cpu else _plainly)(backbone, ids, mask)
+        apart = ids.is_cpu and not reads_padding
+        return (_by_length if apart else _plainly)(backbone, ids, mask)
     width = ids.shape[1]
     whole = ids.masked_fill(~mask, pad_id)
     whole = pad(whole, (0, most_positions(backbone) - width), value=pad_id)  # (B, positions)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, layer_norm
 
+from lib.batch import length_mask
 from lib.errors import InputError
 from lib.methods.d2s_family import distillation
 from lib.methods.registry import check_arguments, get_method
@@ -202,3 +203,15 @@ def test_every_parameter_learns_with_each_flag(method, flags):
         if parameter.requires_grad and not name.startswith(tuple(dead)):
             assert parameter.grad is not None, name
             assert bool(parameter.grad.abs().sum() > 0), name
+
+
+def test_what_the_encoders_say_of_padding_is_read_as_in_the_released_code():
+    """On the CPU captions of all lengths go in parts, which would leave zeros behind each."""
+    model = tiny_model("d2s_released", distill=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 12, (40,), generator=generator)
+    ids, _ = model.padded(torch.randint(5, 30, (40, 12), generator=generator), lengths)
+    mask = length_mask(lengths, ids.shape[1]).long()
+    for encoder in (model.text_encoder, model.teacher.encoder):
+        whole = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(encoder(ids, lengths).local, whole)
