@@ -178,7 +178,7 @@ def test_cached_command_compares_both_steps(tmp_path, capsys):
     rows = json.loads(path.read_text())["rows"]
     assert [row["name"] for row in rows] == ["laps hardest batch 4", "laps hardest batch 8"]
     assert all(row["cached_ms"] > 0 and row["ordinary_ms"] > 0 for row in rows)
-    assert [row["kept"]["matrix"] for row in rows] == [4 * 16, 4 * 64]
+    assert [row["kept_bytes"]["matrix"] for row in rows] == [4 * 16, 4 * 64]
     assert "cached ms/pair" in capsys.readouterr().out
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from lib.errors import InputError
 from lib.retrieval.search import Searcher
 from lib.retrieval.shortlist import saved_shortlist
 from tools.benchmark import made_index, search
-from tools.benchmark.__main__ import main
+from tools.benchmark.__main__ import main, parser
 from tools.benchmark.made_index import CPU, Made, forget_files, make_index
 
 pytest.importorskip("faiss")
@@ -90,3 +91,21 @@ def test_photos_command(photos, seps_checkpoint, tmp_path):
     assert query["name"] == "query over 12 photos"
     assert query["kept"] == 1  # fewer pictures than a shortlist has
     assert main(["photos", *flags, "--captions", str(tmp_path / "none.txt")]) == 2
+
+
+def test_photos_of_a_checkpoint_that_reads_dense_texts(photos, make_checkpoint, tmp_path, capsys):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red star\n")
+    flags = ["--folder", str(photos), "--checkpoint", str(make_checkpoint("seps"))]
+    assert main(["photos", *flags, "--workers", "0", "--captions", str(captions)]) == 0
+    assert "going on as --dense_side none" in capsys.readouterr().err
+
+
+def test_what_is_not_measured_is_not_taken_for_granted(monkeypatch, capsys):
+    for command in ("search", "epoch", "scale"):
+        assert main([command, "--method", "laps,seps"]) == 2
+        assert "laps,seps: one at a time" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = parser(["search"]).parse_args(["search", "--device", "cuda"])
+    with pytest.raises(InputError, match="searched on the CPU"):
+        search.run(asked)

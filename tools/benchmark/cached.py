@@ -95,7 +95,7 @@ def measure(
     """Return the row of one batch; the ordinary step only where it should fit, by the `smaller`."""
     device = torch_device(case.device)
     row: dict[str, Any] = {"name": f"{case.method} {case.mode} batch {case.batch}"}
-    row |= {"batch": case.batch, "kept": kept_bytes(case)}
+    row |= {"batch": case.batch, "kept_bytes": kept_bytes(case)}
     ways = {"cached": replace(case, rows=args.cached_batch), "ordinary": case}
     if not ordinary_fits(case, smaller, device):
         ways.pop("ordinary")

@@ -33,7 +33,7 @@ from tools.benchmark.measure import (
     add_measuring,
     amp_of,
     check_at_least_one,
-    chosen_list,
+    chosen_one,
     seconds_of,
     torch_device,
 )
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise InputError(f"--patches {args.patches}: give a square number, as 196 or 256")
     if args.batch < 2:
         raise InputError(f"--batch {args.batch}: a single pair has no negatives; make it larger")
-    (method,) = chosen_list(args.method, "method", METHODS)[:1]
+    method = chosen_one(args.method, "method", METHODS)
     device = torch_device(args.device)
     clock = args.clock or ("cpu" if device.type == "cpu" else "wall")
     sizes = {name: getattr(args, name) for name in EpochCase.__dataclass_fields__}

@@ -98,6 +98,14 @@ def chosen_list(text: str, flag: str, known: tuple[str, ...]) -> list[str]:
     return parts
 
 
+def chosen_one(text: str, flag: str, known: tuple[str, ...]) -> str:
+    """Return the one name that is given. Raises InputError where there are several."""
+    first, *others = chosen_list(text, flag, known)
+    if others:
+        raise InputError(f"--{flag} {text}: one at a time here; give {first} alone")
+    return first
+
+
 # --- seconds -------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from lib.batch import Batch
 from lib.errors import InputError
 from lib.files import text_lines
 from lib.retrieval.index import Part, PictureIndex, find_pictures
+from lib.retrieval.records import STORES
 from lib.retrieval.search import Searcher
 from lib.retrieval.shortlist import saved_shortlist
 from tools import search as program
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, default=50, help="drawn from the captions")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode photos")
-    parser.add_argument("--store", default="float16", help="of patch features")
+    parser.add_argument("--store", default="float16", choices=STORES, help="of patch features")
     parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS), help="of the verdict")
     add_checkpoint_flags(parser, device=False)
 
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     lines = [one.strip() for one in text_lines(Path(args.captions), "give a caption a line")]
     texts = random.Random(0).sample([one for one in lines if one], min(args.queries, len(lines)))
     opened = open_from_flags(args)
+    with contextlib.redirect_stdout(sys.stderr):
+        program.prepare_dense(opened, None)
     with tempfile.TemporaryDirectory(prefix="photo-index-") as folder:
         out = Path(folder) / "index"
         indexing = index_row(opened, out, args)
@@ -81,9 +84,10 @@ def index_row(opened: Opened, out: Path, args: argparse.Namespace) -> dict[str, 
 
 
 def decoded(opened: Opened, args: argparse.Namespace) -> list[Batch]:
-    """Return the first photos in batches, read."""
+    """Return the first photos in batches, read, on the device."""
     files = [str(Path(args.folder) / one) for one in list(find_pictures(Path(args.folder)))[:TIMED]]
-    found = [batch for batch, _, _ in opened.photos(files, None, args.batch_size) if batch]
+    read = opened.photos(files, None, args.batch_size)
+    found = [batch.to(opened.device) for batch, _, _ in read if batch]
     if not found:
         raise InputError(f"--folder {args.folder} holds no photos that can be decoded")
     return found
@@ -107,7 +111,6 @@ def index_seconds(opened: Opened, out: Path, args: argparse.Namespace) -> tuple[
     flags += ["--batch_size", str(args.batch_size), "--workers", str(args.workers)]
     flags += ["--captions", args.fitted_to] if args.fitted_to else []
     settings = program.parser().parse_args(flags)
-    program.prepare_dense(opened, None)
     folder = Path(args.folder).resolve()
     index = PictureIndex.create(out, program.manifest(opened, folder, args.store))
     plan = index.plan(find_pictures(folder), Part())

@@ -163,7 +163,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cached ms/pair": lambda row: _number(row.get("cached_ms")),
     "ordinary MiB": lambda row: _mebi(row.get("ordinary_memory")),
     "cached MiB": lambda row: _mebi(row.get("cached_memory")),
-    "tokens MiB": lambda row: _mebi(row.get("kept", {}).get("tokens")),
-    "matrix MiB": lambda row: _mebi(row.get("kept", {}).get("matrix")),
+    "tokens MiB": lambda row: _mebi(row.get("kept_bytes", {}).get("tokens")),
+    "matrix MiB": lambda row: _mebi(row.get("kept_bytes", {}).get("matrix")),
     "bar": lambda row: _bar(row) if row.get("bar") else "",
 }

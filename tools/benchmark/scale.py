@@ -25,7 +25,7 @@ from tools.benchmark.loop import PEERS
 from tools.benchmark.measure import (
     CLOCKS,
     check_at_least_one,
-    chosen_list,
+    chosen_one,
     cuda_peak,
     positive_list,
     rss_peak,
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each size, and one with the fitted exponents for each kind of work."""
     check_at_least_one(args, "patches", "embed_size")
-    (method,) = chosen_list(args.method, "method", tuple(PEERS))[:1]
+    method = chosen_one(args.method, "method", tuple(PEERS))
     images, batches = positive_list(args.images, "images"), positive_list(args.batches, "batches")
     case = Case(
         method, args.mode, args.patches, None, 1, 1, args.embed_size, args.device, seed=args.seed

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lib.batch import Batch
+from lib.errors import InputError
 from lib.methods.base import Method
 from lib.retrieval.index import PictureIndex
 from lib.retrieval.records import STORES
@@ -29,9 +30,11 @@ from tools.benchmark.measure import (
     CLOCKS,
     check_at_least_one,
     chosen_list,
+    chosen_one,
     positive_list,
     rss_peak,
     seconds_of,
+    torch_device,
 )
 from tools.benchmark.report import judge
 
@@ -61,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each number of entries, store and kind of shortlist."""
     check_at_least_one(args, "queries", "embed_size")
-    (method,) = chosen_list(args.method, "method", tuple(PEERS))[:1]
+    if torch_device(args.device).type != "cpu":
+        raise InputError(
+            f"--device {args.device}: made indices are searched on the CPU; leave it out"
+        )
+    method = chosen_one(args.method, "method", tuple(PEERS))
     stores, kinds = chosen_list(args.stores, "stores", STORES), args.kinds
     rows = []
     for entries in positive_list(args.entries, "entries"):
