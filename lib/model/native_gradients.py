@@ -4,7 +4,7 @@ The forward pass is `native.matches`. Nothing of it is kept but its arguments: n
 computes a pair again, of which that is the cheap part, and finds of what few cosines the maxima
 are. Pairs whose gradient is zero, as most are with hardest negatives or once a margin is met, are
 passed over. The large products, words with patches and the gradients of both, are made image by
-image. Exact, deterministic, and the same in any number of threads; formulas in docs/performance.md.
+image. Exact, and the same bits in the same number of threads; formulas in docs/performance.md.
 """
 
 from __future__ import annotations
