@@ -8,6 +8,7 @@ Gram form, long ones in the direct form (gram.py). Measured in docs/performance.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def matches(
         "sources": _sources(patches, fixed, added),
         "fused_counts": int(fused_counts),
     }
-    tensors = {
+    tensors: dict[str, Any] = {
         "scores": scores,
         **weighed,
         "gram": gram,

@@ -22,6 +22,7 @@ from lib.model.gram import unit
 from lib.model.product import multiply
 
 LEAVES = "scores logits patches words fixed added".split()  # that gradient reaches
+SAVED = (*LEAVES, "word_mask", "fixed_mask", "gram")
 LANES = 16  # rows of weights are padded to that many
 PRODUCT_BYTES = 4 * 2**20  # patch-word products alive at once: they stay near the caches
 SIZES = "images captions patches tokens width fixed words kept sources fused_counts".split()
@@ -91,7 +92,8 @@ class _Matches(torch.autograd.Function):
         wanted = {name for name, needs in needed if needs}
         finite = bool(for_words.sum().isfinite() and for_tokens.sum().isfinite())
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            back = _Backward(*ctx.saved_tensors, ctx.settings, wanted)
+            saved: dict[str, Any] = dict(zip(SAVED, ctx.saved_tensors, strict=True))
+            back = _Backward(**saved, settings=ctx.settings, wanted=wanted)
             if finite:
                 back.run(for_words.contiguous(), for_tokens.contiguous())
             found = back.gradients()
