@@ -178,6 +178,8 @@ def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device
     if args.shard_size:
         model.shard_size = args.shard_size
     _control(model, args.selection_control, trained)
+    if args.attention_kept:
+        _check_attention(model, settings)
     prepare_scenes(settings)
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     settings.text_positions = getattr(model.text_encoder, "max_positions", None)
@@ -292,6 +294,14 @@ def _control(model: Method, control: str | None, trained: argparse.Namespace) ->
         raise InputError(
             f"--selection_control {control}: {model.name} keeps all patches; leave out the flag"
         )
+
+
+def _check_attention(model: Method, settings: argparse.Namespace) -> None:
+    """Raise InputError, before the work, where --attention_kept would have nothing to tell."""
+    chooses = type(model).patch_choice is not Method.patch_choice
+    if settings.precomp or not (model.uses_pixels and chooses):
+        raise InputError(f"--attention_kept: {model.name} keeps all it reads; leave out the flag")
+    cls_attention(model.image_encoder, torch.device("cpu"))
 
 
 def kept_areas(

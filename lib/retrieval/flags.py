@@ -64,9 +64,9 @@ def check_evaluation(args: argparse.Namespace) -> None:
     """Raise InputError where eval.py's flags contradict each other."""
     if args.ensemble and len(args.ensemble) < 2:
         raise InputError("--ensemble: give at least two runs")
-    if args.ensemble and (args.checkpoint or args.rerank):
-        other = "--checkpoint" if args.checkpoint else "--rerank"
-        raise InputError(f"--ensemble and {other} don't go together: leave one out")
+    for flag in ("checkpoint", "rerank", "attention_kept"):
+        if args.ensemble and getattr(args, flag):
+            raise InputError(f"--ensemble and --{flag} don't go together: leave one out")
     for flag in ("ensemble", "rerank"):
         if args.shards and getattr(args, flag):
             raise InputError(f"--shards and --{flag} don't go together: leave one out")

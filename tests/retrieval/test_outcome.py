@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import sys
@@ -294,6 +295,10 @@ def test_the_analysis_is_written(run, scenes_path, tmp_path, capsys):
     [
         (["--ensemble", "runs/a"], "at least two runs"),
         (["--ensemble", "a", "b", "--rerank", "5"], "--ensemble and --rerank don't go together"),
+        (
+            ["--ensemble", "a", "b", "--attention_kept", "1"],
+            "--ensemble and --attention_kept don't",
+        ),
         (["--ensemble", "nowhere", "b"], "--ensemble nowhere: neither a checkpoint"),
         (["--rerank", "5", "--analyse", "x"], "--analyse needs all similarities"),
         (["--rerank", "-1"], "--rerank -1"),
@@ -332,3 +337,17 @@ def test_a_part_of_a_split_has_an_entry_of_its_own(run, scenes_path, capsys):
     assert len(read_ranks(run / part["ranks"]).i2t) == 6
     assert evaluate(run, scenes_path, "--first_images", "17") == 2
     assert "the test split has 16 images, fewer than the 17" in capsys.readouterr().err
+
+
+def test_attention_that_can_not_be_told_is_refused_before_the_work(
+    run, scenes_path, capsys, monkeypatch
+):
+    def refuse(*_):
+        raise InputError("SwinModel has no [CLS]")
+
+    monkeypatch.setattr(scoring, "cls_attention", refuse)
+    monkeypatch.setattr(scoring, "score_split", lambda *_, **__: pytest.fail("scored before"))
+    assert evaluate(run, scenes_path, "--attention_kept", "1") == 2
+    assert "SwinModel has no [CLS]" in capsys.readouterr().err
+    with pytest.raises(InputError, match="vse keeps all it reads"):
+        scoring._check_attention(tiny_model("vse"), argparse.Namespace(precomp=0))
