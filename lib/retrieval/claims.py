@@ -34,11 +34,12 @@ def share_out(
 ) -> None:
     """Do `work(name)` for the names without a result in `folder` that no other process does.
 
-    With `wait` it ends when every result is there, whoever made it; without, when nothing is left
-    that nobody works on. `group` marks this process's claims; `listed` is told how many are done.
+    With `wait` it ends when every result is there, whoever made it; without, when each claim that
+    is left was touched since: its holder lives, and was not killed a moment ago. `group` marks this
+    process's claims; `listed` is told how many are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = False
+    waiting, since = False, 0.0
     while True:
         present = set(os.listdir(folder))
         left = [name for name in names if name + RESULT not in present]
@@ -47,19 +48,19 @@ def share_out(
             return
         mine = _take_one(folder, left, present, group)
         if mine is not None:
+            since = 0.0
             with _held(folder / (mine + CLAIM)):
                 if not (folder / (mine + RESULT)).exists():
                     work(mine)
-        elif wait:
-            if not waiting:
-                print(
-                    f"{folder}: waiting for {len(left)} files that {holders(folder)} makes",
-                    file=sys.stderr,
-                )
-            waiting = True
-            time.sleep(POLL_SECONDS)
-        else:
+            continue
+        since = since or _now(folder)
+        if not wait and all(_touched(folder / (name + CLAIM)) > since for name in left):
             return
+        if wait and not waiting:
+            told = f"{folder}: waiting for {len(left)} files that {holders(folder)} makes"
+            print(told, file=sys.stderr)
+        waiting = True
+        time.sleep(POLL_SECONDS)
 
 
 def holders(folder: Path) -> str:
@@ -113,6 +114,14 @@ def _is_stale(path: Path, now: float) -> bool:
     if host == socket.gethostname() and pid.isdigit() and not _lives(int(pid)):
         return True
     return now - touched > STALE_SECONDS
+
+
+def _touched(path: Path) -> float:
+    """Return when a claim was touched last, 0 where it is given back."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _lives(pid: int) -> bool:

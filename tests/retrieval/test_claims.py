@@ -56,17 +56,33 @@ def test_what_is_there_is_not_done_again(tmp_path):
     assert told == [9, 10, 11, 12]
 
 
-def test_without_wait_another_process_is_left_at_its_work(tmp_path):
+def test_without_wait_another_process_is_left_at_its_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.02)
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        claim(tmp_path, "005", f"{socket.gethostname()} {other.pid} g\n")
+        path = claim(tmp_path, "005", f"{socket.gethostname()} {other.pid} g\n")
         done: list[str] = []
-        worker(tmp_path, done, wait=False).join()
+        thread = worker(tmp_path, done, wait=False)
+        time.sleep(1)
+        assert thread.is_alive()  # until the claim is touched
+        os.utime(path)
+        thread.join(20)
+        assert not thread.is_alive()
         assert done == [name for name in NAMES if name != "005"]
         assert str(other.pid) in holders(tmp_path)
     finally:
         other.communicate(b"\n")
     worker(tmp_path, done, wait=False).join()  # it is gone without having given its claim back
+    assert sorted(done) == NAMES
+
+
+def test_without_wait_what_a_machine_that_was_just_killed_held_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(claims, "STALE_SECONDS", 2.0)
+    for name in ("004", "005"):
+        claim(tmp_path, name, "another-machine 1 g\n")
+    done: list[str] = []
+    worker(tmp_path, done, wait=False).join(20)
     assert sorted(done) == NAMES
 
 
