@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lib.errors import InputError
@@ -78,8 +79,9 @@ def intervals_of(runs: Sequence[FinishedRun], split: str) -> dict[tuple[str, str
     for protocol, row in dict.fromkeys((run.protocol, run.row.name) for run in runs):
         ranks = _ranks_of(runs, row, protocol, split)
         if ranks:
-            low, high = mean_interval(ranks, repeats=REPEATS)
-            found[protocol, row] = f"{low:.1f} to {high:.1f}"
+            with suppress(ValueError):  # seeds that ranked other images or captions have none
+                low, high = mean_interval(ranks, repeats=REPEATS)
+                found[protocol, row] = f"{low:.1f} to {high:.1f}"
     return found
 
 

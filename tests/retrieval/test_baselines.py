@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.retrieval.baselines import against_baselines, told_lines
+from lib.retrieval.baselines import against_baselines, intervals_of, told_lines
 from lib.retrieval.bootstrap import holm, paired_differences
 from lib.retrieval.comparison import FinishedRun, Row, by_protocol, report_page, summarize
 from lib.retrieval.metrics import QueryRanks
@@ -55,6 +55,16 @@ def test_rows_against_the_best_baseline_with_holm(tmp_path):
     assert found["seps"].p > plain["seps"].p
     lines = told_lines(list(found.values()))
     assert any(line.startswith("seps - laps (none): rSum +") for line in lines)
+
+
+def test_seeds_that_ranked_other_images_have_no_interval(tmp_path):
+    row, other = Row("laps", ()), Row("vse", ())
+    runs = [ranked_run(tmp_path, row, seed, 0.5)[0] for seed in range(2)]
+    runs.append(ranked_run(tmp_path, other, 0, 0.5)[0])
+    assert intervals_of(runs, "test").keys() == {("none", "laps"), ("none", "vse")}
+    fewer = QueryRanks(np.ones(100, int), np.ones(500, int), np.repeat(np.arange(100), 5))
+    write_ranks(runs[1].folder / ranks_file("scenes"), fewer)
+    assert intervals_of(runs, "test").keys() == {("none", "vse")}
 
 
 def test_rows_without_ranks_are_not_compared(tmp_path):
