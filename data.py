@@ -85,14 +85,13 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split | ShardSet
     if args.shards:
         return _shards(args, log), _validation_split(args, needs_dense)
     training = read_split(args, "train", method.trains_on_dense(args))
-    training = first_captions(training, args.captions_per_image)
     missing = _missing_for_validation(args, needs_dense)
     if args.val_split != HELD_OUT:  # a run that goes on stays with what it held out
         if missing is None:
             validation = _validation_split(args, needs_dense)
             if not args.precomp:  # the ids of regions are rows
                 warn_of_shared_images(validation, training.image_ids, training.name)
-            return training, validation
+            return first_captions(training, args.captions_per_image), validation
         args.val_split = HELD_OUT
     count = min(HELD_OUT_IMAGES, max(1, len(training.image_ids) // 20))
     log.say(
@@ -100,7 +99,8 @@ def load_splits(args: argparse.Namespace, log: RunLog) -> tuple[Split | ShardSet
         f"{missing or 'part in this run'}; with that file there a new run takes the real dev split"
         f"{_describe_hint(args, missing)}; --val_split test is the official habit"
     )
-    return hold_out(training, count)
+    training, held = hold_out(training, count)
+    return first_captions(training, args.captions_per_image), first_images(held, args.val_images)
 
 
 def _validation_split(args: argparse.Namespace, needs_dense: bool) -> Split:

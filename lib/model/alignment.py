@@ -191,7 +191,8 @@ class DenseMatch(nn.Module):
             _keep_sentences(text_encoder)
         self.raw_weight = None
         if initial_weight is not None:
-            self.raw_weight = nn.Parameter(torch.tensor(math.log(math.expm1(initial_weight))))
+            inverse = initial_weight + math.log(-math.expm1(-initial_weight))  # of softplus
+            self.raw_weight = nn.Parameter(torch.tensor(inverse))
 
     def prepare(self, texts: Tokens) -> MatchRows:
         """Return what the term needs of dense texts or of captions, a row each."""

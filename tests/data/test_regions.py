@@ -132,13 +132,27 @@ def test_evaluation_repeats_the_validation_and_reads_another_dtype(folder):
 def test_without_dev_training_images_are_held_out(folder, missing):
     (folder / missing).unlink()
     args = tiny_args("vse", precomp=1, region_dim=CHANNELS)
-    vars(args).update(data_path=str(folder.parent), val_split="dev", shards=None)
+    asked_for = {"captions_per_image": 0, "val_images": 0, "shards": None}
+    vars(args).update(data_path=str(folder.parent), val_split="dev", **asked_for)
     log = RunLog(folder.parent / "run", active=True)
     training, validation = load_splits(args, log)
     log.close()
     assert str(folder / missing) in (folder.parent / "run" / "train.log").read_text()
     assert (len(training.image_ids), len(validation.image_ids)) == (7, 1)
     assert validation.name == args.val_split == "held_out"
+
+
+def test_flags_that_shorten_a_split_shorten_what_is_held_out_as_they_do_dev(folder):
+    (folder / "dev_caps.txt").unlink()
+    args = tiny_args("vse", precomp=1, region_dim=CHANNELS)
+    asked_for = {"captions_per_image": 1, "val_images": 0, "shards": None}
+    vars(args).update(data_path=str(folder.parent), val_split="dev", **asked_for)
+    log = RunLog(folder.parent / "run", active=False)
+    training, validation = load_splits(args, log)
+    assert (len(training.captions), len(validation.captions)) == (7, CAPTIONS)
+    args.val_images = 2
+    with pytest.raises(InputError, match="held_out split has 1 images, fewer than the 2"):
+        load_splits(args, log)
 
 
 # --- the source --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import leaky_relu, softplus
 
 from lib.batch import Tokens
 from lib.errors import InputError
@@ -217,6 +217,12 @@ def test_unknown_kinds_are_refused():
         DenseMatch("median")
     with pytest.raises(ValueError, match="known: gpo, mean"):
         tiny_model("vse", vse_pool="median")
+
+
+@pytest.mark.parametrize("weight", [1e-30, 0.1, 30.0, 1e6])
+def test_the_match_starts_at_its_weight(weight):
+    raw = DenseMatch("mean", weight).raw_weight
+    assert float(softplus(raw)) == pytest.approx(weight, rel=1e-5)
 
 
 def test_the_flags_parse():
