@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 
+from lib.errors import InputError
+
 CHOICE = "SEPS_NATIVE"
 # what -ffast-math allows, without its start-up code: that would flush denormals everywhere
 LOOSE = """-fassociative-math -freciprocal-math -ffinite-math-only -fno-signed-zeros
 -fno-trapping-math -fno-math-errno"""
 FLAGS = ("-O3", "-march=native", *LOOSE.split(), "-fPIC", "-shared")
-NARROWER = {"avx2": ("-mno-avx512f",)}  # by value of CHOICE
+NARROWER = {"": (), "1": (), "avx2": ("-mno-avx512f",)}  # by value of CHOICE
 
 
 def is_available() -> bool:
@@ -35,9 +37,16 @@ def is_available() -> bool:
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the library that the environment asks for, None where there is none."""
+    """Return the library that the environment asks for, None where there is none.
+
+    Raises InputError for a value that is not known.
+    """
     choice = os.environ.get(CHOICE, "")
-    return None if choice == "0" else _loaded(NARROWER.get(choice, ()))
+    if choice == "0":
+        return None
+    if choice not in NARROWER:
+        raise InputError(f"{CHOICE}={choice}: known are 0 (PyTorch serves), 1 and avx2")
+    return _loaded(NARROWER[choice])
 
 
 @functools.cache

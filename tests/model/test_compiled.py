@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from lib.errors import InputError
 from lib.model import compiled
 
 pytestmark = pytest.mark.skipif(not compiled.is_available(), reason="no C compiler here")
@@ -39,6 +40,11 @@ def test_the_environment_chooses_the_vectors(monkeypatch):
     assert compiled.library() is None
     monkeypatch.setenv("SEPS_NATIVE", "")
     wide = compiled.library()
+    monkeypatch.setenv("SEPS_NATIVE", "1")
+    assert compiled.library() is wide
+    monkeypatch.setenv("SEPS_NATIVE", "off")
+    with pytest.raises(InputError, match="SEPS_NATIVE=off: known are 0"):
+        compiled.library()
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("no AVX-512 to leave out")
     monkeypatch.setenv("SEPS_NATIVE", "avx2")
