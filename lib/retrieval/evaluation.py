@@ -193,12 +193,16 @@ def result_names(dataset: str, split: str, images: int) -> dict[str, int]:
 
 
 def find_table(results: dict[str, Any], dataset: str, split: str) -> dict[str, Any] | None:
-    """Return the whole split's entry of a results.json (not the mean over folds), None without."""
+    """Return the whole split's entry of a results.json (not the mean over folds), None without.
+
+    Of several, as where the test split has changed, the newest.
+    """
     if split != "test":
         return results.get(f"{dataset}_{split}")
     names = [PUBLISHED_NAMES[key] for key in PUBLISHED_NAMES if key[0] == dataset] + [dataset]
     names += [name for name in results if re.fullmatch(re.escape(dataset) + r"_\d+", name)]
-    return next((results[name] for name in names if name in results), None)
+    found = [results[name] for name in names if name in results]
+    return max(found, key=lambda one: str(one.get("date", "")), default=None)
 
 
 def evaluate_split(
