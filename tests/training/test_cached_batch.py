@@ -30,7 +30,12 @@ CPU = torch.device("cpu")
 
 
 def model_of(method: str, rows: int, hard: bool = True, **flags):
-    """A tiny model in training mode and float64 that encodes so many rows at once."""
+    """A tiny model in training mode and float64 that encodes so many rows at once.
+
+    HREM ties all of a batch: two pairs show the same image, and which of such twins reaches a
+    threshold is up to the last bit.
+    """
+    flags = {"threshold": 1.0, **flags} if method == "hrem" else flags
     model = tiny_model(method, **flags).train().double()
     model.set_hard_negatives(hard)
     encode_in_chunks(model, rows)

@@ -67,7 +67,8 @@ def two_processes(methods: list[tuple[str, dict]]) -> dict:
         return dict(results)
 
 
-CASES = [(name, {}) for name in method_names()] + [
+TIED = {"threshold": 1.0}  # HREM: which of two pairs with one image reaches less is up to rounding
+CASES = [(name, TIED if name == "hrem" else {}) for name in method_names()] + [
     ("seps", {"dense_side": "caption", "relevance": "topk_mlp"}),
     ("seps", {"dense_side": "none", "detach_patches": 1}),
     ("seps", {"loss": "infonce"}),
@@ -75,7 +76,7 @@ CASES = [(name, {}) for name in method_names()] + [
     ("laps", {"global_weight": 0.5}),
     ("seps", {"cached_batch": 1}),
     ("laps", {"cached_batch": 3, "detach_patches": 1}),  # rank 1 has no more than that
-    ("hrem", {"cached_batch": 2}),
+    ("hrem", {"cached_batch": 2, **TIED}),
 ]
 
 

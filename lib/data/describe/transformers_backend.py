@@ -46,9 +46,12 @@ class TransformersBackend:
     def _load(self, dtype: torch.dtype, device_map: str | None) -> tuple[Any, Any]:
         import transformers  # slow
 
-        # transformers 4.45 has the older name alone
-        names = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")
-        kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
+        if int(transformers.__version__.split(".")[0]) < 5:  # processors of 4.45 read others' lists
+            raise InputError(
+                f"--backend transformers needs transformers 5, here is {transformers.__version__}: "
+                "pip install -U transformers, or ask a server with --base_url"
+            )
+        kind = transformers.AutoModelForImageTextToText
         placed = {} if device_map is None else {"device_map": device_map}
         try:
             processor = transformers.AutoProcessor.from_pretrained(self.name)

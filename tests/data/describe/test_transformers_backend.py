@@ -7,8 +7,11 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("PIL")
+if transformers.__version__.startswith("4."):
+    pytest.skip("the backend needs transformers 5", allow_module_level=True)
 
 from lib.data.describe.outcomes import Sampling, Task
 from lib.data.describe.transformers_backend import TransformersBackend
@@ -94,3 +97,9 @@ def test_models_that_can_not_be_used_are_told(llava, tmp_path, backbones):
         path.write_text(json.dumps(told))
     with pytest.raises(InputError, match="no chat template"):
         TransformersBackend(str(folder), Sampling())
+
+
+def test_an_older_transformers_is_refused(llava, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(InputError, match=r"needs transformers 5, here is 4\.57\.1.*--base_url"):
+        TransformersBackend(llava, Sampling("what is here?"))
