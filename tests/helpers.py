@@ -83,6 +83,17 @@ def pair_inputs(
     return inputs
 
 
+def untied_inputs(pairs: int = 6, method: str = "seps", **settings) -> dict:
+    """`pair_inputs`, for HREM with two pictures of the image that two pairs share.
+
+    One picture twice ties at its threshold, and rounding then says which of the two is connected.
+    """
+    inputs = pair_inputs(pairs, method, **settings)
+    if method == "hrem":
+        inputs["pixels"][-1] = inputs["pixels"][-1].flip(-1)
+    return inputs
+
+
 def encode(model, inputs: dict) -> tuple[Tokens, Tokens]:
     """Tokens of the images and captions of `pair_inputs`."""
     dense = (inputs.get("dense_ids"), inputs.get("dense_lengths"))

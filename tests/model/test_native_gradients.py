@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib.batch import Tokens, length_mask
 from lib.model import compiled, kernels, native
+from lib.model.slimming import AggregationHead
 from tests.helpers import encode, pair_inputs, tiny_model
 from tests.model.test_fast_paths import laps_at_work, step_peak
 from tests.model.test_gradients_at_size import IMAGE_IDS, case, expected, gradients, leaves
@@ -225,6 +226,7 @@ def test_all_pairs_have_the_gradient_of_pytorch_at_size(
     side = round(patches**0.5)
     sizes = {"embed_size": width, "img_res": side * 16, "tiny_patch_size": 16}
     model = tiny_model(method, **{"detach_patches": 0, **sizes, **flags}).train()
+    draw_heads(model)
     images = random_rows([patches] * 5, width, 1, cls=True)
     texts = random_rows(torch.randint(3, 30, (64,)).tolist(), width, 2)
     texts.mask[1, 1:] = False  # one word
@@ -242,8 +244,23 @@ def test_all_pairs_have_the_gradient_of_pytorch_at_size(
     assert not [name for name in served if name.startswith("match")]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     assert (other["images.local"].abs().sum() > 0) == (not flags.get("detach_patches"))
-    for name in over:  # both in float32: where maxima or scores nearly tie, one may choose another
-        assert_near(one[name], other[name], 1e-2, name)
+    for name in over:
+        assert_near(one[name], other[name], 1e-4, name)
+
+
+def draw_heads(model, seed: int = 0) -> None:
+    """Draw what lies above the backbones from a seed of its own, with tokens that lie apart.
+
+    How many numbers a backbone draws first differs between versions of transformers. And new
+    aggregation heads weigh all patches about alike: their tokens nearly tie for a word, and where
+    maxima nearly tie in float32 two forms may choose differently, both rightly.
+    """
+    torch.manual_seed(seed)
+    for name, module in model.named_modules():
+        if "backbone" not in name and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        if isinstance(module, AggregationHead):
+            torch.nn.init.constant_(module.scale, 5.0)
 
 
 def random_rows(lengths: list[int], width: int, seed: int, cls: bool = False) -> Tokens:

@@ -22,7 +22,7 @@ from lib.model.precision import autocast_for
 from lib.training.optim import build_optimizer
 from lib.training.setup import encode_in_chunks, recompute_backbones
 from lib.training.update import Update
-from tests.helpers import pair_inputs, tiny_model
+from tests.helpers import tiny_model, untied_inputs
 from tests.training.test_distributed import free_port
 
 PAIRS, ROWS = 7, 3  # chunks of 3, 3 and 1
@@ -30,12 +30,7 @@ CPU = torch.device("cpu")
 
 
 def model_of(method: str, rows: int, hard: bool = True, **flags):
-    """A tiny model in training mode and float64 that encodes so many rows at once.
-
-    HREM ties all of a batch: two pairs show the same image, and which of such twins reaches a
-    threshold is up to the last bit.
-    """
-    flags = {"threshold": 1.0, **flags} if method == "hrem" else flags
+    """A tiny model in training mode and float64 that encodes so many rows at once."""
     model = tiny_model(method, **flags).train().double()
     model.set_hard_negatives(hard)
     encode_in_chunks(model, rows)
@@ -45,7 +40,7 @@ def model_of(method: str, rows: int, hard: bool = True, **flags):
 def gradients(model, method: str, autocast=nullcontext, **flags) -> dict[str, torch.Tensor | None]:
     torch.manual_seed(0)
     with autocast():
-        losses = model.training_losses(**pair_inputs(PAIRS, method, **flags))
+        losses = model.training_losses(**untied_inputs(PAIRS, method, **flags))
     losses["loss"].backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -106,7 +101,7 @@ def test_two_steps_end_at_the_same_weights(method):
         optimizer = build_optimizer(model, 1e-3)
         update = Update(model, model, optimizer, CPU, nullcontext, grad_clip=2.0)
         groups = [
-            [Batch(**pair_inputs(PAIRS, method, seed=2 * step + one)) for one in range(2)]
+            [Batch(**untied_inputs(PAIRS, method, seed=2 * step + one)) for one in range(2)]
             for step in range(2)
         ]
         norms = [update.step(group).norm for group in groups]
@@ -153,7 +148,7 @@ def test_a_chunk_drops_the_same_both_times(flags, monkeypatch):
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_a_chunk_drops_the_same_on_the_gpu(amp, monkeypatch):
     cuda = torch.device("cuda")
-    batch = Batch(**pair_inputs(PAIRS, "laps")).to(cuda)
+    batch = Batch(**untied_inputs(PAIRS, "laps")).to(cuda)
     found = []
     for keeps_graphs in (False, True):
         model = with_dropout(model_of("laps", ROWS), 0.3).float().to(cuda)
@@ -199,14 +194,14 @@ def test_the_loss_scale_is_taken_out_again():
         optimizer, autocast = build_optimizer(model, 1e-4), autocast_for("fp16", CPU)
         update = Update(model, model, optimizer, CPU, autocast, "fp16", grad_clip=2.0)
         update.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the first one overflows
-        norms.append(update.step([Batch(**pair_inputs(PAIRS, "chan"))]).norm)
+        norms.append(update.step([Batch(**untied_inputs(PAIRS, "chan"))]).norm)
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 def test_what_is_not_finite_is_told_and_changes_no_weight():
     model = model_of("chan", ROWS)
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    batch = Batch(**pair_inputs(PAIRS, "chan"))
+    batch = Batch(**untied_inputs(PAIRS, "chan"))
     batch.pixels = batch.pixels.double() / 255
     batch.pixels[-1] = math.inf
     update = Update(model, model, build_optimizer(model, 1e-3), CPU, nullcontext)
@@ -289,7 +284,7 @@ def accumulated(method: str, rows: int, share: slice, wrap=lambda model: model) 
         model, wrap(model), build_optimizer(model, 1e-3), CPU, nullcontext, grad_clip=2.0
     )
     for step in range(2):
-        drawn = [pair_inputs(PAIRS, method, seed=2 * step + one) for one in range(2)]
+        drawn = [untied_inputs(PAIRS, method, seed=2 * step + one) for one in range(2)]
         mine = [{name: value[share] for name, value in one.items()} for one in drawn]
         update.step([Batch(**one) for one in mine])
     return dict(model.state_dict())
