@@ -31,16 +31,21 @@ def config_words(parser: argparse.ArgumentParser, path: str | os.PathLike) -> li
 
     Raises InputError where the file is no mapping of flags that `parser` knows to plain values.
     """
+    values = load_yaml(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: give one flag a line, as batch_size: 128")
+    return flag_words_of(parser, values, path)
+
+
+def load_yaml(path: str | os.PathLike) -> Any:
+    """Return what a YAML file holds. Raises InputError naming the file and the line."""
     try:
-        values = yaml.safe_load(read_text(path))
+        return yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it can't be read"
         raise InputError(f"{path}{line}: not YAML ({problem})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: give one flag a line, as batch_size: 128")
-    return flag_words_of(parser, values, path)
 
 
 def flag_words_of(

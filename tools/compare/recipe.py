@@ -8,12 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from arguments import train_parser
-from lib.config_file import flag_words_of
+from lib.config_file import flag_words_of, load_yaml
 from lib.errors import InputError
-from lib.files import read_text
 from lib.retrieval.comparison import Row
 
 KEYS = {"dataset", "seeds", "against", "flags", "rows", "tuning", "looks"}
@@ -55,7 +52,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
     Raises InputError with the file where it is none, or names a key, flag or row that is unknown.
     """
-    values = _mapping(_loaded(path), "a recipe", path)
+    values = _mapping(load_yaml(path), "a recipe", path)
     unknown = sorted(set(values) - KEYS, key=str)
     if unknown:
         raise InputError(f"{path}: {unknown[0]} is no part of a recipe: {', '.join(sorted(KEYS))}")
@@ -77,15 +74,6 @@ def read_recipe(path: str | Path) -> Recipe:
         tuning=_tuning(values.get("tuning"), path),
         looks=_looks(values.get("looks"), path),
     )
-
-
-def _loaded(path: str | Path) -> Any:
-    try:
-        return yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not YAML") from None
 
 
 def _tuning(values: Any, path: str | Path) -> Tuning | None:
