@@ -15,7 +15,7 @@ help:
 	@echo "make test-browser the page and the report in Debian's chromium, which it installs (as root)"
 	@echo "make lint        ruff check, ruff format --check, mypy over lib"
 	@echo "make figure      draw what the model sees into imgs/, from the demo's checkpoint"
-	@echo "make compare     train and evaluate every method, three seeds (hours): runs/compare/README.md"
+	@echo "make compare     train and evaluate every method, five seeds (hours): runs/compare/README.md"
 	@echo "make tensorboard curves of every run"
 
 $(BIN)/python:
@@ -68,7 +68,7 @@ figure: $(VENV)/.installed-dev
 	cp runs/figure/demo_1.png imgs/pair.png
 
 compare: $(VENV)/.installed-dev
-	$(BIN)/python -m tools.compare --dataset scenes
+	$(BIN)/python -m tools.compare --recipe recipes/compare/scenes.yaml
 
 tensorboard: $(VENV)/.installed
 	$(BIN)/tensorboard --logdir runs

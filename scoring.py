@@ -322,11 +322,9 @@ def kept_areas(
         attention = cls_attention(model.image_encoder, device)
         maps = [attention(batch.pixels) for batch in pixel_loader(settings, split)]
         coverage["attention_kept"] = torch.cat(maps).cpu().numpy()[split.caption_image]
-    found = {
-        name: area_kept(model, member.loaders, one, device, autocast)
-        for name, one in coverage.items()
-    }
-    return {name: one for name, one in found.items() if one is not None}
+    if not coverage:
+        return {}
+    return area_kept(model, member.loaders, coverage, device, autocast)
 
 
 def _warn_of_vocabulary(model: Method, tokenizer: Any) -> None:

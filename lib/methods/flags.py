@@ -9,6 +9,7 @@ from lib.errors import InputError
 from lib.flags import side_lengths
 from lib.model.alignment import DENSE_MATCHES
 
+MATCH_WEIGHT = 0.1  # where the learnt weight of --dense_match starts
 SLIMMING_FLAGS = ("sparse_ratio", "aggr_ratio", "ratio_weight", "detach_patches")
 
 
@@ -27,7 +28,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "training (ours); not at all. dense_text, this match alone, takes none for max_mean",
     )
     dense.add_argument(
-        "--match_weight", type=float, default=0.1, help="where that match's learnt weight starts"
+        "--match_weight",
+        type=float,
+        default=MATCH_WEIGHT,
+        help="where that match's learnt weight starts",
+    )
+    dense.add_argument(
+        "--match_gate",
+        default="none",
+        choices=["none", "image"],
+        help="image: each image has its own, by how its patches and dense text agree (ours)",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument(
@@ -142,6 +152,17 @@ def dense_owner(dense_side: str, dense_match: str) -> str | None:
             "or none"
         )
     return "image"
+
+
+def check_match(args: argparse.Namespace) -> None:
+    """Raise InputError where the flags of --dense_match contradict each other."""
+    dense_owner(args.dense_side, args.dense_match)
+    given = {
+        "--match_weight": args.match_weight != MATCH_WEIGHT,
+        "--match_gate": args.match_gate != "none",
+    }
+    for flag in (flag for flag, changed in given.items() if changed and args.dense_match == "none"):
+        raise InputError(f"{flag} is about --dense_match: give --dense_match max_mean, or leave it")
 
 
 def settings_of(args: argparse.Namespace, names: str) -> dict[str, Any]:

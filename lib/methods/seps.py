@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.batch import Rows, Tokens
 from lib.errors import InputError
 from lib.methods.base import Method
-from lib.methods.flags import SLIMMING_FLAGS, dense_owner, settings_of
+from lib.methods.flags import SLIMMING_FLAGS, check_match, dense_owner, settings_of
 from lib.methods.registry import register_method
 from lib.model import kernels, product
 from lib.model.alignment import DenseMatch, MatchRows, Relevance, best_affinities, relevance_aware
@@ -48,7 +48,8 @@ from lib.model.slimming import (
 )
 
 SETTINGS = """embed_size shard_size sparse_ratio aggr_ratio attention_weight image_score
-ratio_weight selection gumbel_tau relevance relevance_topk dense_side dense_match match_weight"""
+ratio_weight selection gumbel_tau relevance relevance_topk dense_side dense_match match_weight
+match_gate"""
 
 
 @dataclass
@@ -92,7 +93,7 @@ class SEPS(Method):
     NOTE: the released code has neither s^p nor eq. 5; `seps_released` is that code.
     """
 
-    also_reads = (*SLIMMING_FLAGS, "attention_weight", "dense_match", "match_weight")
+    also_reads = (*SLIMMING_FLAGS, "attention_weight", "dense_match", "match_weight", "match_gate")
 
     def __init__(
         self,
@@ -115,6 +116,7 @@ class SEPS(Method):
         dense_side: str = "image",
         dense_match: str = "none",
         match_weight: float = 0.1,
+        match_gate: str = "none",
         detach_patches: bool = False,
     ) -> None:
         owner = dense_owner(dense_side, dense_match)
@@ -138,7 +140,8 @@ class SEPS(Method):
         self.dense_gradient = dense_match != "none"
         self.dense_match = None
         if dense_match != "none":
-            self.dense_match = DenseMatch(dense_match, match_weight, text_encoder)
+            gate = embed_size if match_gate == "image" else None
+            self.dense_match = DenseMatch(dense_match, match_weight, text_encoder, gate)
         self.word_relevance = Relevance(relevance, relevance_topk)
         self.token_relevance = Relevance(relevance, relevance_topk)
 
@@ -184,7 +187,7 @@ class SEPS(Method):
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
-        dense_owner(args.dense_side, args.dense_match)
+        check_match(args)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, source: EncoderSource) -> SEPS:
@@ -203,9 +206,8 @@ class SEPS(Method):
 
     @property
     def is_fused(self) -> bool:
-        learned = self.patch_selection.control is None
-        eligible = learned and self.guide != "caption" and self.scores_repeat
-        return eligible and kernels.serves(self.sparse_head.scale)
+        free = self.patch_selection.control is None and self.guide != "caption"
+        return free and self.scores_repeat and kernels.serves(self.sparse_head.scale)
 
     @property
     def score_range(self) -> tuple[float, float] | None:
@@ -245,7 +247,7 @@ class SEPS(Method):
             prepared.fixed_mask = torch.cat([real, drops], 1)
         prepared.fixed = unit(prepared.fixed)
         if self.dense_match is not None:
-            prepared.match = self.dense_match.prepare(images.dense)
+            prepared.match = self.dense_match.prepare_images(images)
         return prepared
 
     def _image_dense(
@@ -257,7 +259,7 @@ class SEPS(Method):
         """
         s_dt = min_max(text_scores(patches, masked_mean(dense.local, dense.mask)[:, None]))
         significance = base[:, None] + self.beta * s_dt  # (B_v, 1, L)
-        decision = self._decide(significance)
+        decision = self._decide(significance, base)
         fused = dropped_sum(significance, decision).weights[:, 0]  # (B_v, 1, L)
         branch = DenseBranch(
             weights=selected_softmax(self.dense_head(patches), decision),
@@ -347,7 +349,7 @@ class SEPS(Method):
     def _branch(self, images: SEPSImages, made: Aggregation, embeddings: Tensor) -> Branch:
         """Return one branch for every pair: under these texts, with this aggregation."""
         significance = self._significance(images, embeddings)
-        decision = self._decide(significance)
+        decision = self._decide(significance, images.base)
         return Branch(
             local=selected_sums(made, decision),
             dropped=dropped_sum(significance, decision),
@@ -355,11 +357,11 @@ class SEPS(Method):
             drops=drops_any(decision),
         )
 
-    def _decide(self, significance: Tensor) -> Tensor:
-        """Return which patches stay: bool (…, L), or straight-through float in Gumbel training."""
+    def _decide(self, significance: Tensor, base: Tensor) -> Tensor:
+        """Return which patches stay, (B_v, T, L): bool, or floats in Gumbel training."""
         if self.selection == "gumbel" and self.training:
             return gumbel_decision(significance, self.kept, self.gumbel_tau)
-        return self.patch_selection(significance.detach(), self.kept)
+        return self.patch_selection(significance.detach(), self.kept, base)
 
     @torch.no_grad()
     def patch_choice(self, images: Tokens, texts: Tokens) -> PatchChoice:
@@ -377,9 +379,9 @@ class SEPS(Method):
             parts["s^dt"] = min_max(global_scores(patches, captions.dense_embedding))
         texts_of = {"sparse": "s^st", "dense": "s^dt"}
         named = {branch: parts[one] for branch, one in texts_of.items() if one in parts}
-        base = prepared.base[:, None]
-        scores = {branch: base + self.beta * one for branch, one in named.items()}
-        kept = {branch: self.patch_selection(one, self.kept) for branch, one in scores.items()}
+        base, choose = prepared.base, self.patch_selection
+        scores = {branch: base[:, None] + self.beta * one for branch, one in named.items()}
+        kept = {branch: choose(one, self.kept, base) for branch, one in scores.items()}
         return PatchChoice(kept, {**scores, **parts})
 
     # --- training ------------------------------------------------------------------------------

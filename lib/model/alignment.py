@@ -165,6 +165,7 @@ class MatchRows(Rows):
 
     unit: Tensor  # normalised: words (B, N, C), or mean embeddings (B, C)
     mask: Tensor | None = None  # (B, N), of words
+    gate: Tensor | None = None  # (B,), what an image adds to the raw weight
 
 
 class DenseMatch(nn.Module):
@@ -173,7 +174,9 @@ class DenseMatch(nn.Module):
     `max_mean`: mean over caption words of the best dense word's cosine + mean over dense words of
     the best caption word's; `mean`: cosine of the two mean embeddings; `sentence`: cosine of what
     the text encoder said of each before training (`Tokens.sentence`), ours. With `initial_weight`
-    the term is multiplied by a learnt weight softplus(`raw_weight`) >= 0 that starts there.
+    the term is multiplied by a learnt weight softplus(`raw_weight`) >= 0 that starts there; with
+    `gate_width`, C, the image has a say: a linear function of how its patches and its dense text
+    agree, channel by channel, is added to `raw_weight` (ours; it starts at 0).
     `text_encoder` makes the tokens; for `sentence` it is told to keep what it needs.
     """
 
@@ -182,6 +185,7 @@ class DenseMatch(nn.Module):
         kind: str,
         initial_weight: float | None = None,
         text_encoder: TextEncoder | GRUTextEncoder | None = None,
+        gate_width: int | None = None,
     ) -> None:
         super().__init__()
         if kind not in DENSE_MATCHES:
@@ -193,21 +197,34 @@ class DenseMatch(nn.Module):
         if initial_weight is not None:
             inverse = initial_weight + math.log(-math.expm1(-initial_weight))  # of softplus
             self.raw_weight = nn.Parameter(torch.tensor(inverse))
+        self.gate = None
+        if gate_width is not None:
+            self.gate = nn.Linear(gate_width, 1, bias=False)
+            nn.init.zeros_(self.gate.weight)
+
+    def prepare_images(self, images: Tokens) -> MatchRows:
+        """Return what the term needs of images that own their dense texts, a row each."""
+        rows = self.prepare(images.dense)
+        if self.gate is not None:
+            dense = normalize(_mean_token(images.dense), dim=-1)
+            agreement = normalize(_mean_token(images), dim=-1) * dense  # (B, C)
+            rows.gate = self.gate(agreement)[:, 0]
+        return rows
 
     def prepare(self, texts: Tokens) -> MatchRows:
         """Return what the term needs of dense texts or of captions, a row each."""
         if self.kind == "sentence":
             return MatchRows(normalize(texts.sentence, dim=-1))
         if self.kind == "mean":
-            # at least float32: half precision would round many cosines to ties
-            words = texts.local.to(torch.promote_types(texts.local.dtype, torch.float32))
-            mean = masked_average(words.transpose(1, 2), texts.mask[:, None])  # (B, C)
-            return MatchRows(normalize(mean, dim=-1))
+            return MatchRows(normalize(_mean_token(texts), dim=-1))
         return MatchRows(normalize(texts.local, dim=-1), texts.mask)
 
     def forward(self, dense: MatchRows, captions: MatchRows) -> Tensor:
         match = self._match(dense, captions)
-        return match if self.raw_weight is None else softplus(self.raw_weight) * match
+        if self.raw_weight is None:
+            return match
+        raw = self.raw_weight if dense.gate is None else self.raw_weight + dense.gate[:, None]
+        return softplus(raw) * match
 
     def _match(self, dense: MatchRows, captions: MatchRows) -> Tensor:
         if self.kind in ("mean", "sentence"):
@@ -217,6 +234,13 @@ class DenseMatch(nn.Module):
         cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
         masks = dense.mask[:, None], captions.mask
         return mean_of_best(*best_matches(cosines, *masks), *masks)
+
+
+def _mean_token(tokens: Tokens) -> Tensor:
+    """Return the mean of the real tokens, (B, C)."""
+    # at least float32: half precision would round many cosines to ties
+    wide = tokens.local.to(torch.promote_types(tokens.local.dtype, torch.float32))
+    return masked_average(wide.transpose(1, 2), tokens.mask[:, None])
 
 
 def _keep_sentences(encoder: TextEncoder | GRUTextEncoder | None) -> None:

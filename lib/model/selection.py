@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +22,10 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 class Selection(nn.Module):
     """Which patches stay, bool (…, L): the k of the largest scores.
 
-    `control` puts something worse in their place, to see what the scores are worth: "random" draws
-    k patches for each row, as `seed` says, "inverted" takes the k of the smallest scores.
+    `control` puts something worse in their place, to see what the scores are worth: "inverted"
+    takes the k of the smallest scores; "random" takes the choice to other places, by a permutation
+    of an image's patches that `seed` and the image say, the same for all captions and branches. So
+    as many stay, as alike from caption to caption, but not for what is in them.
     """
 
     def __init__(self) -> None:
@@ -36,22 +36,26 @@ class Selection(nn.Module):
         """Choose by the scores (None), or by a control from now on."""
         if control not in (None, *CONTROLS):
             raise ValueError(f"unknown control {control!r}; known: {', '.join(CONTROLS)}")
-        self.control = control
-        self._generator = torch.Generator().manual_seed(seed)
+        self.control, self.seed = control, seed
 
-    def forward(self, scores: Tensor, k: int) -> Tensor:
+    def forward(self, scores: Tensor, k: int, own: Tensor) -> Tensor:
+        """Choose by scores (B_v, T, L); `own` (B_v, L) are scores that are the image's alone."""
         if self.control == "random":
-            drawn = torch.rand(scores.shape, generator=self._generator)
-            return top_k_mask(drawn.to(scores.device), k)
+            return top_k_mask(scores, k).gather(-1, self._places(own)[:, None].expand_as(scores))
         return top_k_mask(-scores if self.control == "inverted" else scores, k)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": self._generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._generator = torch.Generator()
-        self._generator.set_state(state["_generator"])
+    def _places(self, own: Tensor) -> Tensor:
+        """Return a permutation of the patches of each image, (B_v, L)."""
+        # rounded, so that an image is known again whatever batch it comes in
+        known = (own.detach().double().sum(-1) * 100).nan_to_num().round().long().tolist()
+        draw = torch.Generator()
+        rows = [
+            torch.randperm(
+                own.shape[-1], generator=draw.manual_seed((self.seed * 1_000_003 + one) % 2**63)
+            )
+            for one in known
+        ]
+        return torch.stack(rows).to(own.device)
 
 
 def control_selection(model: nn.Module, control: str | None, seed: int = 0) -> bool:

@@ -376,7 +376,7 @@ class LapsNetwork(nn.Module):
     def select(self, images: SlimmedImages, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return `scores` and which patches stay, bool (B_v, T, L)."""
         scores = self.scores(images, embeddings)
-        return scores, self.selection(scores, self.kept)
+        return scores, self.selection(scores, self.kept, images.own)
 
     def tokens(self, images: SlimmedImages, embeddings: Tensor) -> PairTokens:
         """Return [aggregated; fused; v_cls] of every pair."""

@@ -70,11 +70,6 @@ def check_evaluation(args: argparse.Namespace) -> None:
     for flag in ("ensemble", "rerank"):
         if args.shards and getattr(args, flag):
             raise InputError(f"--shards and --{flag} don't go together: leave one out")
-    if args.shards and args.selection_control == "random":
-        raise InputError(
-            "--shards and --selection_control random don't go together: what is drawn would "
-            "depend on who takes which file"
-        )
     for flag in ("analyse", "save_similarity", "evaluate_cxc", "evaluate_eccv"):
         if args.rerank and getattr(args, flag):
             raise InputError(f"--{flag} needs all similarities: leave out --rerank {args.rerank}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -17,18 +17,20 @@ IMAGES_AT_ONCE = 32
 def area_kept(
     model: Method,
     loaders: SplitLoaders,
-    coverage: np.ndarray,
+    coverages: Mapping[str, np.ndarray],
     device: torch.device,
     autocast: Callable,
-) -> dict[str, float] | None:
-    """Return the mean share, 0 to 1, of what matters to each caption that its kept patches hold.
+) -> dict[str, dict[str, float]]:
+    """Return the mean shares, 0 to 1, of what matters to each caption that its kept patches hold.
 
-    coverage (N_captions, L) is the share of it in each patch, as of the area that a caption names,
-    or of attention. "random" is what as many patches drawn at random hold on average, "best" what
-    the best choice of as many would: controls below and above. None where the method keeps all
-    patches.
+    A coverage (N_captions, L) is the share of it in each patch, as of the area that a caption names
+    ("named_area"), or of attention. "random" is what as many patches drawn at random hold on
+    average, "best" what the best choice of as many would: controls below and above. Nothing where
+    the method keeps all patches.
     """
-    kept_area, share, best = [], [], []
+    kept: dict[str, list[float]] = {name: [] for name in coverages}
+    best: dict[str, list[float]] = {name: [] for name in coverages}
+    share: list[float] = []
     model.eval()
     for first in range(0, loaders.num_images, IMAGES_AT_ONCE):
         rows = range(first, min(first + IMAGES_AT_ONCE, loaders.num_images))
@@ -39,15 +41,24 @@ def area_kept(
             texts = model.encode_text_batch(loaders.captions.first(captions.tolist()).to(device))
             choice = model.patch_choice(images, texts)
         if choice is None:
-            return None
+            return {}
         own = choice.kept["sparse"][
             loaders.caption_images[captions] - rows.start, np.arange(len(captions))
         ]
-        chosen, named = own.cpu().numpy(), coverage[captions]  # (captions, L) both
+        chosen = own.cpu().numpy()  # (captions, L)
         counts = chosen.sum(1)
-        kept_area += (chosen * named).sum(1).tolist()
         share += (counts / chosen.shape[1]).tolist()
-        ranked = np.sort(named, axis=1)[:, ::-1].cumsum(1)
-        best += ranked[np.arange(len(captions)), counts - 1].tolist()
-    means = (float(np.mean(values)) for values in (kept_area, share, best))
-    return dict(zip(("kept", "random", "best"), means, strict=True))
+        for name, coverage in coverages.items():
+            held = coverage[captions]
+            kept[name] += (chosen * held).sum(1).tolist()
+            ranked = np.sort(held, axis=1)[:, ::-1].cumsum(1)
+            best[name] += ranked[np.arange(len(captions)), counts - 1].tolist()
+    at_random = float(np.mean(share))
+    return {
+        name: {
+            "kept": float(np.mean(kept[name])),
+            "random": at_random,
+            "best": float(np.mean(best[name])),
+        }
+        for name in coverages
+    }

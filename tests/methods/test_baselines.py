@@ -201,6 +201,39 @@ def test_seps_adds_the_weighted_dense_match(kind, side):
     assert match.raw_weight.grad.abs() > 0
 
 
+def test_a_gate_lets_each_image_weigh_its_own_dense_text():
+    flags = {"dense_match": "max_mean", "match_gate": "image"}
+    model = tiny_model("seps", **flags).eval()
+    images, texts = encode(model, pair_inputs(method="seps", **flags))
+    started = model.similarity(images, texts)
+    term = pairs_of(images.dense, texts, dense_match("max_mean"))
+    gate = model.dense_match.gate.weight
+    with torch.no_grad():  # at first all weigh the same
+        match, model.dense_match = model.dense_match, None
+        plain = model.similarity(images, texts)
+        assert torch.allclose(started, plain + 0.1 * term, atol=1e-5)
+        model.dense_match = match
+        gate.normal_(std=30.0)
+    pixels = images.local.mean(1) / images.local.mean(1).norm(dim=-1, keepdim=True)
+    words = [
+        one[real].mean(0) for one, real in zip(images.dense.local, images.dense.mask, strict=True)
+    ]
+    words = torch.stack([one / one.norm() for one in words])
+    raw = match.raw_weight + (pixels * words) @ gate[0]
+    weighted = model.similarity(images, texts)
+    weights = torch.log1p(raw.exp())
+    assert weights.std() > 0.01
+    assert torch.allclose(weighted, plain + weights[:, None] * term, atol=1e-4)
+    weighted.diagonal().sum().backward()
+    assert gate.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("flags", [{"match_weight": 1.0}, {"match_gate": "image"}])
+def test_flags_of_a_match_that_is_not_asked_for_are_refused(flags):
+    with pytest.raises(InputError, match="give --dense_match max_mean"):
+        get_method("seps").check_arguments(tiny_args("seps", **flags))
+
+
 def test_dense_match_is_off_unless_asked_for():
     assert tiny_model("seps").dense_match is None
     assert not any("raw_weight" in name for name in tiny_model("seps").state_dict())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lib.batch import Batch
 from lib.model.choice import PatchChoice
@@ -49,10 +47,15 @@ def test_area_by_hand(monkeypatch):
         [[0.7, 0.1, 0.1, 0.1], [0.5, 0.5, 0, 0], [0, 0, 0, 1], [0.4, 0.3, 0.2, 0.1]]
     )
     # kept: image 0 caption 0: {0, 1}; 0, 1: {1, 2}; 1, 2: {3, 0}; 2, 3: {1, 2}
-    found = area_kept(Keeping(), loaders, coverage, torch.device("cpu"), nullcontext)
+    coverages = {"named_area": coverage, "attention_kept": coverage[:, ::-1]}
+    both = area_kept(Keeping(), loaders, coverages, torch.device("cpu"), nullcontext)
+    found = both["named_area"]
     assert found["kept"] == pytest.approx((0.8 + 0.5 + 1.0 + 0.5) / 4)
     assert found["random"] == 0.5
     assert found["best"] == pytest.approx((0.8 + 1.0 + 1.0 + 0.7) / 4)
+    turned = both["attention_kept"]
+    assert turned["kept"] == pytest.approx((0.2 + 0.5 + 1.0 + 0.5) / 4)
+    assert turned["best"] == pytest.approx(found["best"])
 
 
 def kept(model, images, texts):
@@ -60,32 +63,35 @@ def kept(model, images, texts):
 
 
 def test_controls_choose_as_many_patches():
-    scores, choice = torch.randn(3, 5, 16), Selection()
-    assert torch.equal(choice(scores, 4), top_k_mask(scores, 4))
+    scores, own, choice = torch.randn(3, 5, 16), torch.randn(3, 16), Selection()
+    learned = choice(scores, 4, own)
+    assert torch.equal(learned, top_k_mask(scores, 4))
     choice.set_control("inverted")
-    assert torch.equal(choice(scores, 4), top_k_mask(-scores, 4))
+    assert torch.equal(choice(scores, 4, own), top_k_mask(-scores, 4))
     choice.set_control("random", seed=1)
-    drawn = choice(scores, 4)
+    drawn = choice(scores, 4, own)
     assert (drawn.sum(-1) == 4).all()
-    assert not torch.equal(drawn, choice(scores, 4))  # every call draws anew
-    choice.set_control("random", seed=1)
-    assert torch.equal(drawn, choice(scores, 4))
+    assert not torch.equal(drawn, learned)
+    choice.set_control("random", seed=2)
+    assert not torch.equal(drawn, choice(scores, 4, own))
     with pytest.raises(ValueError, match="known: random, inverted"):
         choice.set_control("best")
 
 
-def test_a_copied_selection_draws_what_the_first_does(monkeypatch):
-    @property
-    def lacking(self):
-        raise AttributeError("__getstate__")
-
-    monkeypatch.setattr(nn.Module, "__getstate__", lacking, raising=False)  # as in Python 3.10
-    scores, choice = torch.randn(3, 5, 16), Selection()
+def test_random_patches_overlap_as_the_chosen_ones_do_and_are_the_images_own():
+    scores, own, choice = torch.randn(40, 5, 64), torch.randn(40, 64), Selection()
+    learned = choice(scores, 16, own)
     choice.set_control("random", seed=1)
-    choice(scores, 4)
-    copied = copy.deepcopy(choice)
-    assert torch.equal(copied(scores, 4), choice(scores, 4))
-    assert copied._generator is not choice._generator
+    drawn = choice(scores, 16, own)
+    for one in range(5):  # of two captions, or a caption and the dense text
+        common = (learned[:, 0] & learned[:, one]).sum(-1)
+        assert torch.equal((drawn[:, 0] & drawn[:, one]).sum(-1), common)
+    # whatever comes beside an image, and whatever noise its scores have
+    assert torch.equal(choice(scores[7:9], 16, own[7:9] + 1e-7), drawn[7:9])
+    hit = (drawn & learned).sum(-1).double().mean()
+    assert hit == pytest.approx(16 * 16 / 64, abs=0.5)
+    places = drawn[:, 0].double().mean(0)  # no place is chosen for all images
+    assert places.max() < 0.6
 
 
 @pytest.mark.parametrize("method", ["laps", "seps", "ilaps", "seps_released"])

@@ -342,7 +342,6 @@ def test_another_checkpoints_folder_is_refused(run, scenes_path, tmp_path, capsy
         (["--save_similarity", "s.npy"], "--save_similarity needs all similarities"),
         (["--evaluate_cxc", "1"], "--evaluate_cxc needs all similarities"),
         (["--rerank", "5"], "--shards and --rerank"),
-        (["--selection_control", "random"], "--shards and --selection_control random"),
         (["--shard_images", "0"], "--shard_images 0"),
     ],
 )

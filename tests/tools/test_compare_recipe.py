@@ -12,6 +12,7 @@ import pytest
 
 from arguments import parse_train
 from lib.errors import InputError
+from lib.methods.registry import method_names
 from lib.retrieval.comparison import Row
 from lib.retrieval.result_files import write_results
 from tests.retrieval.test_compare import FakeRunner, table
@@ -49,8 +50,10 @@ class Runner(FakeRunner):
         control = (
             argv[argv.index("--selection_control") + 1] if argv[-2] != "--attention_kept" else ""
         )
-        entry = {**table(90.0 if control else 100.0), "split": "test"}
+        seed = int(folder.name.removeprefix("seed"))
+        entry = {**table(90.0 - 2 * seed if control else 100.0), "split": "test"}
         if not control:
+            entry["named_area"] = {"kept": 0.75 + seed / 10, "random": 0.5, "best": 1.0}
             entry["attention_kept"] = {"kept": 0.625, "random": 0.5, "best": 0.875}
         name = f"scenes_20_first20{'_' + control if control else ''}"
         write_results(folder / "results.json", {name: entry})
@@ -151,10 +154,26 @@ def test_what_is_kept_is_told_for_rows_that_choose(recipe, rsums, tmp_path):
     assert compare.main(["--recipe", str(recipe), "--out", str(out)], runner, lambda _: 5) == 0
     page = (out / "README.md").read_text()
     section = page[page.index("## Patches kept") :]
-    assert "| seps_plain | 100.0 | -10.0 | 0.625 | 0.500 | 0.875 |" in section
+    kept = "0.750 | 0.500 | 1.000 | 0.625 | 0.500 | 0.875"  # named area, then attention
+    assert f"| seps_plain | 100.0 | -10.0 | {kept} |" in section
     assert "| vse |" not in section
     assert (out / "laps/seed0/pictures/5_captions.png").exists()
     assert not (out / "laps/seed1/pictures").exists()
+
+
+def test_what_is_kept_is_told_over_every_seed(recipe, rsums, tmp_path):
+    recipe.write_text(TEXT.replace("{images: 20,", "{images: 20, every_seed: true,"))
+    runner, out = Runner(), tmp_path / "out"
+    words = ["--recipe", str(recipe), "--out", str(out)]
+    assert compare.main(words, runner, lambda _: 5) == 0
+    page = (out / "README.md").read_text()
+    section = page[page.index("## Patches kept, over seeds") :]
+    assert "| laps | 100.0 ± 0.0 | -11.0 ± 1.4 | 0.800 | 0.500 | 1.000 |" in section
+    assert (out / "laps/seed0/pictures/5_captions.png").exists()
+    assert not (out / "laps/seed1/pictures").exists()
+    runner.commands.clear()
+    assert compare.main(words, runner, lambda _: 5) == 0
+    assert runner.commands == []
 
 
 def test_jobs_run_at_the_same_time_but_stages_wait(recipe, tmp_path):
@@ -194,6 +213,7 @@ def test_jobs_run_at_the_same_time_but_stages_wait(recipe, tmp_path):
         ("margin: 0.2", "margn: 0.2", "did you mean margin"),
         ("margin: 0.4", "margin: [[1]]", "trial wide: margin"),
         ("{images: 20,", "{image: 20,", "looks holds images"),
+        ("{images: 20,", "{images: 20, every_seed: 2,", "every_seed: give true or false"),
         ("seeds: [0, 1]", "seeds: 3", "seeds: give whole numbers"),
         ("rows:", "rows: [", "not YAML"),
         ("  vse: {method: vse}", "  vse: 3", "row vse must be names with values"),
@@ -227,3 +247,10 @@ def test_a_recipe_of_the_repository_parses_whole(path, tmp_path):
 def test_a_quotation_that_is_not_closed_is_a_sentence(tmp_path, capsys):
     assert compare.main(["--train", '"--workers 1', "--out", str(tmp_path)], Runner(), len) == 2
     assert "No closing quotation" in capsys.readouterr().err
+
+
+def test_the_comparison_on_scenes_has_every_method():
+    recipe = read_recipe(next(path for path in SHIPPED if path.stem == "scenes"))
+    rows = " ".join(" ".join(row.flags) for row in recipe.rows)
+    missing = [name for name in method_names() if f"--method {name}" not in rows]
+    assert missing == ["ilaps"]  # with its flags at their defaults it is laps

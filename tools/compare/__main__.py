@@ -262,14 +262,20 @@ class Comparison:
                 return f"{last_line(run.log)} ({run.log})"
             if not self._has_table(run, split):
                 return f"eval.py wrote no results of {split} ({run.log})"
-        return look(run, self.recipe.looks, execute, show) if self._is_looked_at(run) else None
+        if not self._is_looked_at(run):
+            return None
+        return look(run, self.recipe.looks, self._is_first(run), execute, show)
+
+    def _is_first(self, run: Planned) -> bool:
+        return run.seed == self.recipe.seeds[0]
 
     def _is_looked_at(self, run: Planned) -> bool:
-        first = run.seed == self.recipe.seeds[0]
-        return self.recipe.looks is not None and first and chooses_patches(run)
+        looks = self.recipe.looks
+        on_seed = looks is not None and (looks.every_seed or self._is_first(run))
+        return on_seed and chooses_patches(run)
 
     def _seen(self, run: Planned) -> bool:
-        return not self._is_looked_at(run) or is_seen(run, self.recipe.looks)
+        return not self._is_looked_at(run) or is_seen(run, self.recipe.looks, self._is_first(run))
 
     def _has_table(self, run: Planned, split: str) -> bool:
         return bool(run.tables([split]))
@@ -334,7 +340,8 @@ class Comparison:
         looked = [seen(run, looks) for run in self.runs if self._is_looked_at(run)]
         if any(looked):
             table = looks_table([one for one in looked if one is not None], looks)
-            parts.append(f"## Patches kept, seed {self.recipe.seeds[0]}\n\n{table}")
+            where = "over seeds" if looks.every_seed else f"seed {self.recipe.seeds[0]}"
+            parts.append(f"## Patches kept, {where}\n\n{table}")
         return parts
 
     def _chart(self, groups: dict, title: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from lib.methods.base import Method
 from lib.methods.registry import get_method
 from lib.retrieval.commands import Execute
 from lib.retrieval.comparison import last_line
+from lib.retrieval.outcome import AREAS
 from tools.compare.recipe import Looks
 from tools.compare.runs import DATA_FLAGS, Planned, eval_command
 
@@ -23,7 +25,7 @@ class Seen:
 
     row: str
     rsum: dict[str, float]  # of the model's choice ("learned") and of each control
-    attention: dict[str, float]  # share of [CLS] attention kept, at random, and at best
+    areas: dict[str, dict[str, float]]  # by AREAS: the share kept, at random, and at best
 
 
 def chooses_patches(run: Planned) -> bool:
@@ -33,8 +35,8 @@ def chooses_patches(run: Planned) -> bool:
     return method.patch_choice is not Method.patch_choice and drops
 
 
-def look(run: Planned, looks: Looks, execute: Execute, show: Callable) -> str | None:
-    """Measure and draw what is still missing; return why it failed, None where not."""
+def look(run: Planned, looks: Looks, drawn: bool, execute: Execute, show: Callable) -> str | None:
+    """Measure and, where `drawn`, draw what is missing; return why it failed, None where not."""
     for control in (None, *looks.controls):
         if _entry(run, looks, control) is not None:
             continue
@@ -42,7 +44,7 @@ def look(run: Planned, looks: Looks, execute: Execute, show: Callable) -> str | 
         command += ["--selection_control", control] if control else ["--attention_kept", "1"]
         if execute(command, run.log, show):
             return f"{last_line(run.log)} ({run.log})"
-    undrawn = _undrawn(run, looks)
+    undrawn = _undrawn(run, looks) if drawn else []
     if undrawn and execute(picture_command(run, undrawn), run.log, show):
         return f"{last_line(run.log)} ({run.log})"
     return None
@@ -64,26 +66,40 @@ def seen(run: Planned, looks: Looks) -> Seen | None:
     if None in entries.values():
         return None
     rsum = {name: entry["rsum"] for name, entry in entries.items()}
-    return Seen(run.row.name, rsum, entries["learned"].get("attention_kept") or {})
+    areas = {name: entries["learned"][name] for name in AREAS if entries["learned"].get(name)}
+    return Seen(run.row.name, rsum, areas)
 
 
-def is_seen(run: Planned, looks: Looks) -> bool:
-    """Return whether all of it is measured and drawn."""
-    return seen(run, looks) is not None and not _undrawn(run, looks)
+def is_seen(run: Planned, looks: Looks, drawn: bool) -> bool:
+    """Return whether all of it is measured and, where `drawn`, drawn."""
+    return seen(run, looks) is not None and not (drawn and _undrawn(run, looks))
 
 
 def looks_table(found: Sequence[Seen], looks: Looks) -> str:
-    """Return the measurements as a markdown table, a line a row."""
+    """Return the measurements as a markdown table, a line a row: means and spread over seeds."""
+    areas = [name for name in AREAS if any(name in one.areas for one in found)]
     heads = ["row", f"rSum of {looks.images} images"]
     heads += [f"patches {one}" for one in looks.controls]
-    heads += ["[CLS] attention kept", "at random", "at best"]
+    for name in areas:
+        heads += [f"{AREAS[name]} kept", "at random", "at best"]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    for one in found:
-        cells = [one.row, f"{one.rsum['learned']:.1f}"]
-        cells += [f"{one.rsum[name] - one.rsum['learned']:+.1f}" for name in looks.controls]
-        shares = (one.attention.get(name) for name in ("kept", "random", "best"))
-        lines.append([*cells, *("–" if share is None else f"{share:.3f}" for share in shares)])
+    for row in dict.fromkeys(one.row for one in found):
+        runs = [one for one in found if one.row == row]
+        cells = [row, _spread([one.rsum["learned"] for one in runs], ".1f")]
+        for control in looks.controls:
+            cells.append(_spread([one.rsum[control] - one.rsum["learned"] for one in runs], "+.1f"))
+        for name in areas:
+            for share in ("kept", "random", "best"):
+                values = [one.areas[name][share] for one in runs if name in one.areas]
+                cells.append(f"{statistics.mean(values):.3f}" if values else "–")
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Return the mean and, of several runs, ± the standard deviation over them."""
+    told = format(statistics.mean(values), form)
+    return f"{told} ± {statistics.stdev(values):.1f}" if values[1:] else told
 
 
 def _undrawn(run: Planned, looks: Looks) -> list[str]:

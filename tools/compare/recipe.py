@@ -27,11 +27,12 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Looks:
-    """What is looked at beside recall, on the first seed of rows that choose patches."""
+    """What is looked at beside recall, of rows that choose patches."""
 
     images: int  # the first of test, for controls
     controls: tuple[str, ...] = ()
-    drawn: tuple[str, ...] = ()  # ids of the images whose kept patches are drawn
+    drawn: tuple[str, ...] = ()  # ids of the images whose kept patches are drawn, on the first seed
+    every_seed: bool = False  # controls on each seed, not on the first alone
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ def _looks(values: Any, path: str | Path) -> Looks | None:
     if values is None:
         return None
     given = _mapping(values, "looks", path)
-    if "images" not in given or set(given) - {"images", "controls", "drawn"}:
-        raise InputError(f"{path}: looks holds images, controls and drawn")
+    if "images" not in given or set(given) - {"images", "controls", "drawn", "every_seed"}:
+        raise InputError(f"{path}: looks holds images, controls, drawn and every_seed")
+    if not isinstance(given.get("every_seed", False), bool):
+        raise InputError(f"{path}: looks: every_seed: give true or false")
     if given["images"] == 0:
         raise InputError(f"{path}: looks: images: give at least 1")
     names = {key: tuple(str(one) for one in given.get(key) or ()) for key in ("controls", "drawn")}
-    return Looks(_integers([given["images"]], "looks: images", path)[0], **names)
+    images = _integers([given["images"]], "looks: images", path)[0]
+    return Looks(images, **names, every_seed=given.get("every_seed", False))
 
 
 def _words(values: Any, where: str, path: str | Path) -> tuple[str, ...]:
