@@ -19,7 +19,7 @@ RGB = {
     "pink": (252, 142, 200),
     "cyan": (24, 206, 226),
 }
-DIAMETERS = {"small": (12, 14), "big": (18, 21)}  # pixels of a 96-pixel image, ends included
+DIAMETERS = {"small": (11, 12), "big": (15, 18)}  # pixels of a 96-pixel image, ends included
 CELL = CANVAS // 3
 OUTLINE = 0.5  # half the width of the dark line around a thing, in pixels
 
@@ -85,7 +85,7 @@ def _outlines() -> dict[str, list[np.ndarray]]:
         "triangle": [np.array([(0, -1), (1, 1), (-1, 1)])],
         "star": [_spanning(star)],
         "cross": [np.array(cross)],
-        "ring": [circle, 0.5 * circle],
+        "ring": [circle, 0.4 * circle],
         "heart": [_spanning(heart)],
     }
     return {name: [np.asarray(curve, float) for curve in curves] for name, curves in shapes.items()}

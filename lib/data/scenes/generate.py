@@ -36,7 +36,7 @@ from lib.data.scenes.texts import (
 )
 from lib.errors import InputError
 
-FORMAT, VERSION = "scenes", 3
+FORMAT, VERSION = "scenes", 4
 SPLITS = ("train", "dev", "test")
 CHANGES = ("colour", "shape", "size", "place", "relation")
 MIN_VISIBLE = 0.7  # share of a thing's area that nothing in front of it may hide
