@@ -58,7 +58,7 @@ from lib.training.optim import build_optimizer, schedule_from_args
 from lib.training.restart import was_restarted
 from lib.training.saving import CheckpointWriter, run_payload
 from lib.training.settings import Settings
-from lib.training.setup import compile_backbones, set_encoders_up, set_seed
+from lib.training.setup import compile_backbones, keep_freed_memory, set_encoders_up, set_seed
 from lib.training.trackers import tracker_names
 from scoring import evaluate_best
 from vocab import WordTokenizer
@@ -182,6 +182,8 @@ def build_trainer(
     optimizer = build_optimizer(
         model, args.learning_rate, args.backbone_lr_ratio, args.weight_decay, args.beta2
     )
+    if device.type == "cpu":
+        keep_freed_memory()
     fault = compile_backbones(model, device) if args.compile else None
     if fault is not None:
         log.say(f"warning: --compile 1: this machine can't compile ({fault}); going on without")
