@@ -32,6 +32,7 @@ DATASET_DEFAULTS = {
         "bert_path": "tiny",
         "img_res": 112,
         "tiny_patch_size": 8,
+        "tiny_layers": 1,
         "image_score": "distinct",
         "sibling_share": 0.2,
         "embed_size": 64,
