@@ -33,6 +33,7 @@ DATASET_DEFAULTS = {
         "img_res": 112,
         "tiny_patch_size": 8,
         "tiny_layers": 1,
+        "image_cls": 0,
         "image_score": "distinct",
         "sibling_share": 0.2,
         "embed_size": 64,

@@ -14,6 +14,12 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of both encoders that are not names."""
     group = parser.add_argument_group("encoders")
     group.add_argument(
+        "--image_cls",
+        type=int,
+        default=1,
+        help="0: methods get the patches alone, without a ViT's [CLS], as from a Swin",
+    )
+    group.add_argument(
         "--image_norm",
         default=None,
         choices=["model", "imagenet"],

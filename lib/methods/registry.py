@@ -140,6 +140,7 @@ def build_model(
         region_dim=args.region_dim if args.precomp else None,
         gru=(args.word_dim, args.gru_dropout) if args.text_encoder == "gru" else None,
         image_norm=args.image_norm,
+        image_cls=bool(args.image_cls),
         freeze=args.freeze,
         lora_rank=args.lora_rank,
         pad_id=getattr(args, "pad_id", 0),  # of the tokenizer that the program read

@@ -74,6 +74,7 @@ class ImageEncoder(BackboneEncoder):
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
         self.frozen = False
+        self.gives_cls = True
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -87,8 +88,8 @@ class ImageEncoder(BackboneEncoder):
 
     @property
     def has_cls(self) -> bool:
-        """Whether the tokens have a [CLS]."""
-        return self.layout.has_cls
+        """Whether the tokens have a [CLS]: where the backbone has one, and `gives_cls`."""
+        return self.layout.has_cls and self.gives_cls
 
     def config(self) -> dict:
         """Return what `EncoderSource.image_config` rebuilds the encoder from, JSON-able."""
@@ -119,7 +120,7 @@ class ImageEncoder(BackboneEncoder):
     def _read(self, pixels: Tensor) -> Tensor:
         """Return the hidden state without registers, (B, [1+] L, width)."""
         hidden = self.hidden(pixels)
-        if self.layout.registers:
+        if self.layout.first_patch != int(self.has_cls):
             patches = hidden[:, self.layout.first_patch :]
             hidden = torch.cat([hidden[:, : int(self.has_cls)], patches], 1)
         return hidden
@@ -331,6 +332,7 @@ class EncoderSource:
     text_config: dict | None = None
     region_dim: int | None = None
     image_norm: str | None = None
+    image_cls: bool = True
     gru: tuple[int, float] | None = None
     pad_id: int = 0  # of the tokenizer
     freeze: str = "none"  # image, text, both or none
@@ -344,6 +346,7 @@ class EncoderSource:
         encoder = build_image_encoder(
             self.vit_type, self.embed_size, self.img_res, self.image_config, tiny, self.image_norm
         )
+        encoder.gives_cls = self.image_cls
         return self._as_asked(encoder, "image")
 
     def text(self) -> TextEncoder | GRUTextEncoder:
