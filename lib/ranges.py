@@ -84,8 +84,9 @@ RANGES = _table(
     switches=(
         Range(0, 1, hint="0 or 1"),
         "size_augment image_augment image_cls overwrite multi_gpu compile precomp"
-        " gradient_checkpointing detach_patches save_results evaluate_cxc evaluate_eccv eval attention_kept"
-        " use_cls_as_glob_embd use_token_selection use_learnable_temp memory roofline check_counts",
+        " gradient_checkpointing detach_patches save_results evaluate_cxc evaluate_eccv eval"
+        " attention_kept use_cls_as_glob_embd use_token_selection use_learnable_temp memory"
+        " roofline check_counts",
     ),
     seeds=(Range(0, 2**63 - 1), "seed seeds"),
     percents=(Range(0, 100, low_open=True, high_open=True), "level"),

@@ -43,6 +43,19 @@ def test_similarity_is_finite_and_of_the_right_shape(method):
     assert similarity.std() > 0
 
 
+def test_a_vit_without_its_cls_serves_every_method(method):
+    if not get_method(method).uses_pixels:
+        pytest.skip("it reads no pixels")
+    inputs = pair_inputs(method=method)
+    model = tiny_model(method, image_cls=0).eval()
+    assert model.image_encoder(inputs["pixels"]).cls is None
+    assert not model.image_encoder.has_cls
+    similarity = model.similarity(*encode(model, inputs))
+    assert torch.isfinite(similarity).all()
+    similarity.diagonal().sum().backward()
+    assert any(one.grad is not None for one in model.parameters())
+
+
 def test_evaluation_is_deterministic(method):
     inputs = pair_inputs(method=method)
     model = tiny_model(method).eval()

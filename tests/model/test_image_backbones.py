@@ -132,6 +132,11 @@ def test_features_are_those_of_the_model_called_plainly(saved, family):
         torch.testing.assert_close(tokens.cls, expected[:, :1])
     else:
         assert tokens.cls is None
+    encoder.gives_cls = False
+    alone = encoder(pixels)
+    assert alone.cls is None
+    assert torch.equal(alone.local, tokens.local)
+    assert not encoder.has_cls
 
 
 @pytest.mark.parametrize("family", FAMILIES)
