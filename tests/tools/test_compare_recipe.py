@@ -202,6 +202,22 @@ def test_jobs_run_at_the_same_time_but_stages_wait(recipe, tmp_path):
     assert spans["vse"][0] < spans["d2s_pretrain"][1]
 
 
+def test_jobs_count_parameters_one_after_another(recipe, rsums, tmp_path):
+    """Two threads that build a model at once import parts of transformers that are half there."""
+    going, most = [0], [0]
+
+    def count(path: Path) -> int:
+        going[0] += 1
+        most[0] = max(most[0], going[0])
+        time.sleep(0.2)
+        going[0] -= 1
+        return 5
+
+    words = ["--recipe", str(recipe), "--jobs", "3", "--out", str(tmp_path / "out")]
+    assert compare.main(words, Runner(), count) == 0
+    assert most == [1]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [

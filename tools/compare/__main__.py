@@ -253,7 +253,8 @@ class Comparison:
         state = run.state
         if "parameters" not in state:
             try:
-                state["parameters"] = self.count_parameters(run.folder / BEST)
+                with self.pool.alone:  # transformers can't be imported by two threads at once
+                    state["parameters"] = self.count_parameters(run.folder / BEST)
             except InputError as error:
                 return str(error)
         run.keep({"machine": self.machine, **state})

@@ -30,6 +30,7 @@ class Pool:
         self.written = written
         self.failures: dict[str, str] = {}
         self.stopped = threading.Event()
+        self.alone = threading.Lock()  # for what runs in this process and not in a command's
 
     def environment(self) -> dict[str, str]:
         """Return what a command's environment needs so that jobs share the cores."""
