@@ -157,12 +157,13 @@ def dense_owner(dense_side: str, dense_match: str) -> str | None:
 def check_match(args: argparse.Namespace) -> None:
     """Raise InputError where the flags of --dense_match contradict each other."""
     dense_owner(args.dense_side, args.dense_match)
-    given = {
-        "--match_weight": args.match_weight != MATCH_WEIGHT,
-        "--match_gate": args.match_gate != "none",
-    }
-    for flag in (flag for flag, changed in given.items() if changed and args.dense_match == "none"):
-        raise InputError(f"{flag} is about --dense_match: give --dense_match max_mean, or leave it")
+    if args.dense_match != "none":
+        return
+    for flag, default in {"match_weight": MATCH_WEIGHT, "match_gate": "none"}.items():
+        if getattr(args, flag) != default:
+            raise InputError(
+                f"--{flag} is about --dense_match: give --dense_match max_mean, or leave it"
+            )
 
 
 def settings_of(args: argparse.Namespace, names: str) -> dict[str, Any]:

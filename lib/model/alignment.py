@@ -13,6 +13,7 @@ from lib.batch import Rows, Tokens
 from lib.errors import InputError
 from lib.model.encoders import TextEncoder
 from lib.model.gru import GRUTextEncoder
+from lib.model.slimming import masked_mean
 
 NEGATIVE_SLOPE = 0.1
 DENSE_MATCHES = ("max_mean", "mean", "sentence")
@@ -206,8 +207,8 @@ class DenseMatch(nn.Module):
         """Return what the term needs of images that own their dense texts, a row each."""
         rows = self.prepare(images.dense)
         if self.gate is not None:
-            dense = normalize(_mean_token(images.dense), dim=-1)
-            agreement = normalize(_mean_token(images), dim=-1) * dense  # (B, C)
+            dense = normalize(masked_mean(images.dense.local, images.dense.mask), dim=-1)
+            agreement = normalize(masked_mean(images.local, images.mask), dim=-1) * dense  # (B, C)
             rows.gate = self.gate(agreement)[:, 0]
         return rows
 
@@ -216,7 +217,7 @@ class DenseMatch(nn.Module):
         if self.kind == "sentence":
             return MatchRows(normalize(texts.sentence, dim=-1))
         if self.kind == "mean":
-            return MatchRows(normalize(_mean_token(texts), dim=-1))
+            return MatchRows(normalize(masked_mean(texts.local, texts.mask), dim=-1))
         return MatchRows(normalize(texts.local, dim=-1), texts.mask)
 
     def forward(self, dense: MatchRows, captions: MatchRows) -> Tensor:
@@ -234,13 +235,6 @@ class DenseMatch(nn.Module):
         cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
         masks = dense.mask[:, None], captions.mask
         return mean_of_best(*best_matches(cosines, *masks), *masks)
-
-
-def _mean_token(tokens: Tokens) -> Tensor:
-    """Return the mean of the real tokens, (B, C)."""
-    # at least float32: half precision would round many cosines to ties
-    wide = tokens.local.to(torch.promote_types(tokens.local.dtype, torch.float32))
-    return masked_average(wide.transpose(1, 2), tokens.mask[:, None])
 
 
 def _keep_sentences(encoder: TextEncoder | GRUTextEncoder | None) -> None:

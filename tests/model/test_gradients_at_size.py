@@ -31,7 +31,15 @@ def seps_matrix(model, images, texts):
     matrix = naive_seps.matrix(model, images, texts)
     if model.dense_match is None:
         return matrix
-    weight = softplus(model.dense_match.raw_weight)
+    raw = model.dense_match.raw_weight
+    if model.dense_match.gate is not None:
+        pixels, words = (
+            torch.stack([row[real].mean(0) for row, real in zip(one.local, one.mask, strict=True)])
+            for one in (images, images.dense)
+        )
+        agree = pixels / pixels.norm(dim=1, keepdim=True) * words / words.norm(dim=1, keepdim=True)
+        raw = raw + agree @ model.dense_match.gate.weight.T
+    weight = softplus(raw)
     return matrix + weight * naive_baselines.dense_matrix(model, images.dense, texts)
 
 
@@ -51,6 +59,7 @@ CASES = [  # a method is in by its registration
     ("ilaps", (("similarity_calc_method", "attn"), ("use_learnable_temp", 1))),
     ("seps", (("dense_side", "caption"),)),
     ("seps", (("dense_match", "max_mean"), ("relevance", "topk_mlp"))),
+    ("seps", (("dense_match", "max_mean"), ("match_gate", "image"))),
 ]
 
 

@@ -22,6 +22,7 @@ from lib import distributed
 from lib.batch import Batch, Tokens
 from lib.errors import InputError, NonFiniteError
 from lib.methods.registry import method_names
+from lib.model.selection import control_selection
 from lib.retrieval import sharded, similarity
 from lib.retrieval.evaluation import SplitLoaders, score_split
 from lib.retrieval.metrics import query_ranks
@@ -118,6 +119,21 @@ def test_the_ranks_are_those_of_the_whole_matrix(method, options, tmp_path, few_
     np.testing.assert_array_equal(right, matrix[OWNERS, np.arange(CAPTIONS)])  # to the bit
     carried = {"image": (True, False), "caption": (False, True), None: (False, False)}
     assert found.carried == carried[model.dense_owner]
+
+
+@pytest.mark.parametrize("method", ["laps", "seps", "seps_released"])
+def test_random_patches_are_those_of_the_whole_matrix(method, tmp_path, few_texts):
+    """What is drawn is an image's own, whoever takes which file and whatever comes beside it."""
+    model = tiny_model(method).eval()
+    split = loaders(model, method)
+    learned = score_split(model, split, CPU, nullcontext, False).matrix
+    assert control_selection(model, "random", seed=3)
+    matrix = score_split(model, split, CPU, nullcontext, False).matrix
+    assert not np.array_equal(matrix, learned)
+    found = part(tmp_path, model, split).finished()
+    whole = query_ranks(matrix, caption_images=OWNERS)
+    np.testing.assert_array_equal(found.ranks["all"].i2t, whole.i2t)
+    np.testing.assert_array_equal(found.ranks["all"].t2i, whole.t2i)
 
 
 @pytest.mark.parametrize("method", ["laps", "seps"])
