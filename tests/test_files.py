@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from lib.files import (
     read_json,
     read_text,
     temporary_beside,
+    write_json,
     write_text_whole,
 )
 from lib.memory import check_fits, memory_bytes
@@ -163,6 +165,16 @@ def test_a_small_vocabulary_is_warned_of_with_counts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_small_vocabulary(30522, 30528, "--bert_path x")
+
+
+def test_two_threads_write_one_file_at_a_time_and_neither_loses_its_own(tmp_path):
+    """Each tidies up after itself alone: a name that both had was removed under the other."""
+    path = tmp_path / "compare.json"
+    with ThreadPoolExecutor(8) as threads:
+        for one in [threads.submit(write_json, path, {"n": n}) for n in range(2000)]:
+            one.result()
+    assert read_json(path)["n"] in range(2000)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.files import temporary_beside
 from lib.retrieval.protocol import PROTOCOLS
 
 COLOURS = {"none": "#4477aa", "image": "#228833", "oracle": "#cc6677"}
@@ -240,7 +241,7 @@ def draw_chart(
     panels[0].set_xlim(*limits)  # ticks may have widened it
     panels[-1].set_xlabel(f"{split} rSum: mean, standard deviation over seeds", fontsize=10)
     figure.suptitle(title, fontsize=12)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    temporary = temporary_beside(Path(path))
     figure.savefig(temporary, dpi=150, format="png")
     os.replace(temporary, path)
 

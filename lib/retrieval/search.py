@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,6 +14,7 @@ from lib.batch import Batch, Rows, Tokens
 from lib.methods.base import Method
 from lib.retrieval.index import Part, Picture, PictureIndex, Plan, fingerprint
 from lib.retrieval.records import flatten, joined, pack, unflatten, unpack
+from lib.retrieval.result_files import save_matrix
 from lib.retrieval.shortlist import Shortlist
 from lib.retrieval.vectors import QueryMap, fit_query_map, image_vectors, text_features
 
@@ -287,6 +287,4 @@ def load_query_map(index: PictureIndex) -> QueryMap:
 
 def save_query_map(index: PictureIndex, query_map: QueryMap) -> None:
     """Write a fitted query map into the index, whole or not at all."""
-    temporary = index.folder / f".{os.getpid()}-{QUERY_MAP}"
-    np.save(temporary, query_map.matrix)
-    os.replace(temporary, index.folder / QUERY_MAP)
+    save_matrix(index.folder / QUERY_MAP, query_map.matrix)

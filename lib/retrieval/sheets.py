@@ -6,7 +6,6 @@ exactly where the encoder saw it: patch (r, c) of R x C fills rows r·H/R to (r+
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import cv2
 import numpy as np
 
 from lib.errors import InputError
+from lib.files import write_bytes_whole
 from lib.retrieval.evidence import Evidence
 
 PANEL = 220  # pixels of a panel's longer side, about: a whole number a patch
@@ -80,9 +80,7 @@ class Sheet:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = cv2.cvtColor(self.render(), cv2.COLOR_RGB2BGR)
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        temporary.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
-        os.replace(temporary, path)
+        write_bytes_whole(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
 def require_matplotlib() -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.files import read_json, write_json
+from lib.files import read_json, temporary_beside, write_json
 from lib.retrieval.index import PictureIndex
 
 KINDS = ("auto", "flat", "hnsw", "ivfpq")
@@ -111,7 +111,7 @@ def _save(faiss: Any, shortlist: Shortlist, folder: Path, facts: dict[str, Any])
     try:
         folder.mkdir(exist_ok=True)
         (folder / "built.json").unlink(missing_ok=True)
-        temporary = folder / f".vectors.{os.getpid()}"
+        temporary = temporary_beside(folder / "vectors.faiss")
         faiss.write_index(shortlist.index, str(temporary))
         os.replace(temporary, folder / "vectors.faiss")
         write_json(folder / "built.json", facts)

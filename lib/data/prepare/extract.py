@@ -6,7 +6,6 @@ Each sample goes into a journal once its image is on disk: a run that was killed
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from lib.data.prepare.photos import Photo
 from lib.errors import InputError
+from lib.files import write_bytes_whole
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,11 @@ def extract(
     for sample in samples:
         if sample.key not in journal.photos:
             if sample.data is not None:
-                write_bytes_whole(images / sample.name, sample.data)
+                path = images / sample.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes_whole(path, sample.data)
             journal.add(sample)
         progress(1)
-
-
-def write_bytes_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves it whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def safe_name(key: str, data: bytes | None, where: str, ending: str | None = None) -> str:
