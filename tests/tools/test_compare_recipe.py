@@ -116,11 +116,14 @@ def test_rows_that_are_not_picked_stay_on_the_page_as_they_were_tuned(recipe, rs
     runner, out = Runner(), tmp_path / "out"
     words = ["--recipe", str(recipe), "--out", str(out)]
     assert compare.main(words, runner, lambda _: 5) == 0
+    sections = (out / "README.md").read_text()
+    sections = sections[sections.index("## Tuned") :]
     runner.commands.clear()
     assert compare.main([*words, "--rows", "vse"], runner, lambda _: 5) == 0
     page = (out / "README.md").read_text()
     assert runner.commands == []
     assert "| laps | `--margin 0.4 --method laps` |" in page
+    assert page.endswith(sections)  # trials and kept patches of all rows, in the recipe's order
     recipe.write_text(TEXT.replace("num_epochs: 1", "num_epochs: 2"))  # laps was tuned otherwise
     fresh = tmp_path / "out/tuning"
     for trial in ("default", "wide"):

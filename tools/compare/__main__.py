@@ -169,6 +169,7 @@ class Comparison:
         self.rows = pick_rows(self.recipe.rows, args.rows)
         self.trials = self._planned_trials()
         self.runs = self._planned(self.rows)  # before tuning: flags that can't be are told now
+        self.rsums_before: dict[tuple[str, str], float | None] = {}  # of trials, as below
         self.others = self._planned_others()
         if not self.trials:
             self._adopt(self.rows)
@@ -205,6 +206,7 @@ class Comparison:
             return [row]
         trials = plan_trials(self.recipe.tuning, [row], self.flags, self.out)
         rsums = {name: None if changes(run) else dev_rsum(run) for name, run in trials.items()}
+        self.rsums_before |= rsums
         return tuned(self.recipe.tuning, [row], rsums)
 
     def _adopt(self, rows: Sequence[Row]) -> None:
@@ -322,23 +324,28 @@ class Comparison:
             against_cells(against),
             intervals_of(runs, self.kind.ranked_on),
         )
-        write_text_whole(self.out / "README.md", "\n".join([page, *self._more()]))
+        write_text_whole(self.out / "README.md", "\n".join([page, *self._more(same)]))
 
     def _without_results(self, found: dict[str, FinishedRun | None]) -> list[str]:
         """Return the names of runs that the page lacks, and of trials that failed."""
         failed = [one.name for one in self.trials.values() if one.name in self.pool.failures]
         return [*failed, *(run.name for run in self.runs if found[run.name] is None)]
 
-    def _more(self) -> list[str]:
-        """Return the sections on what was tuned, and on the patches that are kept."""
+    def _more(self, runs: Sequence[Planned]) -> list[str]:
+        """Return the sections on what was tuned, and on the patches that these runs keep."""
         parts = []
         if self.trials:
-            table = trials_table(self.recipe.tuning, self.rows, self._dev_rsums())
+            rsums = {**self.rsums_before, **self._dev_rsums()}
+            tried = {row for (row, _), rsum in rsums.items() if rsum is not None}
+            rows = [one for one in self.recipe.rows if one in self.rows or one.name in tried]
+            table = trials_table(self.recipe.tuning, rows, rsums)
             parts.append(
                 f"## Tuned on dev: rSum of each trial, seed {self.recipe.tuning.seed}\n\n{table}"
             )
         looks = self.recipe.looks
-        looked = [seen(run, looks) for run in self.runs if self._is_looked_at(run)]
+        places = [row.name for row in self.recipe.rows]
+        ordered = sorted(runs, key=lambda run: places.index(run.row.name))
+        looked = [seen(run, looks) for run in ordered if self._is_looked_at(run)]
         if any(looked):
             table = looks_table([one for one in looked if one is not None], looks)
             where = "over seeds" if looks.every_seed else f"seed {self.recipe.seeds[0]}"
