@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--table",
         default=None,
-        help="entry of results.json, as f30k_1k; default: all that both have",
+        help="entry of results.json, as f30k_1k; default: all that both have but controls",
     )
     parser.add_argument("--repeats", type=int, default=10_000, help="bootstrap draws")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")

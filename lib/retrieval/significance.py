@@ -38,8 +38,9 @@ def compare_results(
     seed: int = 0,
     level: float = 0.95,
 ) -> list[Compared]:
-    """Return what differs between two results in each entry that all their runs have.
+    """Return what differs between two results in `table`, or in each entry that all runs have.
 
+    Entries of controls, which say what a model is without its choice, are compared where asked.
     Raises InputError where they share none, rank other images or captions, mix protocols within a
     side, or where one side's queries carried text made from their answers and the other's did not.
     """
@@ -49,7 +50,9 @@ def compare_results(
             "between 0 and 100"
         )
     names = [name for name in a[0] if all(name in run for run in [*a, *b])]
-    if table is not None:
+    if table is None:
+        names = [name for name in names if "selection_control" not in a[0][name].facts]
+    else:
         names = [name for name in names if name == table]
     if not names:
         wanted = f"--table {table}: " if table else ""

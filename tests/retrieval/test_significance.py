@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,22 @@ def test_the_same_result_twice_differs_in_nothing(pair, capsys):
 
 def test_sides_turned_turn_the_sentence(pair, capsys):
     assert significance.main([*pair[::-1], "--repeats", "200"]) == 0
+    assert "B is better than A by" in capsys.readouterr().out
+
+
+def test_controls_are_compared_where_asked(tmp_path, capsys):
+    sides = [str(tmp_path / name) for name in "ab"]
+    for side, chance in zip(sides, (0.7, 0.4), strict=True):
+        folder = Path(side)
+        write_run(folder, make_ranks(chance, 1))
+        inverted = make_ranks(0.5 - chance / 2, 1)
+        write_run(folder, inverted, "f30k_1k_inverted", selection_control="inverted")
+    assert significance.main([*sides, "--repeats", "200"]) == 0
+    text = capsys.readouterr().out
+    assert "f30k_1k: 100 images" in text
+    assert "inverted" not in text
+    words = ["--repeats", "200", "--table", "f30k_1k_inverted"]
+    assert significance.main([*sides, *words]) == 0
     assert "B is better than A by" in capsys.readouterr().out
 
 
