@@ -8,13 +8,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arguments import parse_train
 from lib.errors import InputError
 from lib.methods.registry import method_names
+from lib.retrieval.bootstrap import paired_differences
 from lib.retrieval.comparison import Row
-from lib.retrieval.result_files import write_results
+from lib.retrieval.metrics import QueryRanks
+from lib.retrieval.result_files import ranks_file, write_ranks, write_results
 from tests.retrieval.test_compare import FakeRunner, table
 from tools.compare import __main__ as compare
 from tools.compare import tuning
@@ -162,6 +165,29 @@ def test_what_is_kept_is_told_for_rows_that_choose(recipe, rsums, tmp_path):
     assert "| vse |" not in section
     assert (out / "laps/seed0/pictures/5_captions.png").exists()
     assert not (out / "laps/seed1/pictures").exists()
+
+
+def test_what_a_control_costs_has_an_interval_over_images(recipe, rsums, tmp_path):
+    """It is the paired bootstrap of the two evaluations' ranks."""
+    out, owners = tmp_path / "out", np.repeat(np.arange(20), 5)
+    words = ["--recipe", str(recipe), "--out", str(out)]
+    assert compare.main(words, Runner(), lambda _: 5) == 0
+    folder, ranks = out / "laps/seed0", {}
+    entries = json.loads((folder / "results.json").read_text())
+    rng = np.random.default_rng(0)
+    for name, worst in (("scenes_20_first20", 8), ("scenes_20_first20_random", 16)):
+        drawn = rng.integers(1, worst, 20), rng.integers(1, worst, 100)
+        ranks[name] = QueryRanks(*drawn, owners)
+        write_ranks(folder / ranks_file(name), ranks[name])
+        rsum = ranks[name].metrics()["rsum"]
+        entries[name] |= {"ranks": ranks_file(name), "rsum": rsum}
+    write_results(folder / "results.json", entries)
+    assert compare.main(words, Runner(), lambda _: 5) == 0
+    learned, random = ranks.values()
+    one = paired_differences([random], [learned], repeats=2000)["rsum"]
+    told = f"{one.a - one.b:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
+    assert one.high < 0
+    assert f"| {learned.metrics()['rsum']:.1f} | {told} |" in (out / "README.md").read_text()
 
 
 def test_what_is_kept_is_told_over_every_seed(recipe, rsums, tmp_path):

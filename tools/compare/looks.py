@@ -10,13 +10,17 @@ from typing import Any
 from lib.files import read_json
 from lib.methods.base import Method
 from lib.methods.registry import get_method
+from lib.retrieval.bootstrap import paired_differences
 from lib.retrieval.commands import Execute
 from lib.retrieval.comparison import last_line
+from lib.retrieval.metrics import QueryRanks
 from lib.retrieval.outcome import AREAS
+from lib.retrieval.result_files import read_ranks
 from tools.compare.recipe import Looks
 from tools.compare.runs import DATA_FLAGS, Planned, eval_command
 
 PICTURES = "pictures"
+DRAWS = 2000  # of the paired bootstrap over images
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Seen:
     row: str
     rsum: dict[str, float]  # of the model's choice ("learned") and of each control
     areas: dict[str, dict[str, float]]  # by AREAS: the share kept, at random, and at best
+    ranks: dict[str, QueryRanks]  # by name, as rsum
 
 
 def chooses_patches(run: Planned) -> bool:
@@ -67,7 +72,12 @@ def seen(run: Planned, looks: Looks) -> Seen | None:
         return None
     rsum = {name: entry["rsum"] for name, entry in entries.items()}
     areas = {name: entries["learned"][name] for name in AREAS if entries["learned"].get(name)}
-    return Seen(run.row.name, rsum, areas)
+    ranks = {
+        name: read_ranks(run.folder / entry["ranks"])
+        for name, entry in entries.items()
+        if "ranks" in entry
+    }
+    return Seen(run.row.name, rsum, areas, ranks)
 
 
 def is_seen(run: Planned, looks: Looks, drawn: bool) -> bool:
@@ -87,7 +97,7 @@ def looks_table(found: Sequence[Seen], looks: Looks) -> str:
         runs = [one for one in found if one.row == row]
         cells = [row, _spread([one.rsum["learned"] for one in runs], ".1f")]
         for control in looks.controls:
-            cells.append(_spread([one.rsum[control] - one.rsum["learned"] for one in runs], "+.1f"))
+            cells.append(_difference(runs, control))
         for name in areas:
             for share in ("kept", "random", "best"):
                 values = [one.areas[name][share] for one in runs if name in one.areas]
@@ -100,6 +110,16 @@ def _spread(values: Sequence[float], form: str) -> str:
     """Return the mean and, of several runs, ± the standard deviation over them."""
     told = format(statistics.mean(values), form)
     return f"{told} ± {statistics.stdev(values):.1f}" if values[1:] else told
+
+
+def _difference(runs: Sequence[Seen], control: str) -> str:
+    """Return what the control adds: over seeds with their spread, of one run with its interval."""
+    told = _spread([one.rsum[control] - one.rsum["learned"] for one in runs], "+.1f")
+    first = runs[0].ranks
+    if runs[1:] or not first.keys() >= {control, "learned"}:
+        return told
+    found = paired_differences([first[control]], [first["learned"]], repeats=DRAWS)["rsum"]
+    return f"{told} ({found.low:+.1f} to {found.high:+.1f})"
 
 
 def _undrawn(run: Planned, looks: Looks) -> list[str]:
