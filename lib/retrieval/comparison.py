@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import platform
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.files import temporary_beside
+from lib.files import write_bytes_whole
 from lib.retrieval.protocol import PROTOCOLS
 
 COLOURS = {"none": "#4477aa", "image": "#228833", "oracle": "#cc6677"}
@@ -241,9 +242,9 @@ def draw_chart(
     panels[0].set_xlim(*limits)  # ticks may have widened it
     panels[-1].set_xlabel(f"{split} rSum: mean, standard deviation over seeds", fontsize=10)
     figure.suptitle(title, fontsize=12)
-    temporary = temporary_beside(Path(path))
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    write_bytes_whole(Path(path), drawn.getvalue())
 
 
 def _draw_panel(panel: Any, protocol: str, group: Sequence[Summary], split: str) -> None:

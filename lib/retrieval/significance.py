@@ -49,14 +49,16 @@ def compare_results(
             f"--repeats {repeats}, --level {100 * level:g}: give at least 100 draws and a level "
             "between 0 and 100"
         )
-    names = [name for name in a[0] if all(name in run for run in [*a, *b])]
-    if table is None:
-        names = [name for name in names if "selection_control" not in a[0][name].facts]
-    else:
-        names = [name for name in names if name == table]
+    shared = [name for name in a[0] if all(name in run for run in [*a, *b])]
+    names = [name for name in shared if "selection_control" not in a[0][name].facts]
+    if table is not None:
+        names = [name for name in shared if name == table]
     if not names:
         wanted = f"--table {table}: " if table else ""
-        raise InputError(f"{wanted}the two results share no entry: {_entries(a)} and {_entries(b)}")
+        but = " but those of controls (--table NAME)" if shared and table is None else ""
+        raise InputError(
+            f"{wanted}the two results share no entry{but}: {_entries(a)} and {_entries(b)}"
+        )
     options = {"repeats": repeats, "seed": seed, "level": level}
     return [_compare([run[name] for run in a], [run[name] for run in b], options) for name in names]
 

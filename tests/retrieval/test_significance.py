@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,12 @@ def test_controls_are_compared_where_asked(tmp_path, capsys):
     words = ["--repeats", "200", "--table", "f30k_1k_inverted"]
     assert significance.main([*sides, *words]) == 0
     assert "B is better than A by" in capsys.readouterr().out
+    for side in sides:
+        entries = json.loads((Path(side) / "results.json").read_text())
+        del entries["f30k_1k"]
+        (Path(side) / "results.json").write_text(json.dumps(entries))
+    assert significance.main(sides) == 2
+    assert "share no entry but those of controls (--table NAME)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ class Comparison:
         self.rows = pick_rows(self.recipe.rows, args.rows)
         self.trials = self._planned_trials()
         self.runs = self._planned(self.rows)  # before tuning: flags that can't be are told now
-        self.rsums_before: dict[tuple[str, str], float | None] = {}  # of trials, as below
+        self.rsums_before: dict[tuple[str, str], float | None] = {}  # trials of rows not picked
         self.others = self._planned_others()
         if not self.trials:
             self._adopt(self.rows)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lib.files import read_json
 from lib.methods.base import Method
 from lib.methods.registry import get_method
+from lib.retrieval.baselines import REPEATS
 from lib.retrieval.bootstrap import paired_differences
 from lib.retrieval.commands import Execute
 from lib.retrieval.comparison import last_line
-from lib.retrieval.metrics import QueryRanks
 from lib.retrieval.outcome import AREAS
 from lib.retrieval.result_files import read_ranks
 from tools.compare.recipe import Looks
 from tools.compare.runs import DATA_FLAGS, Planned, eval_command
 
 PICTURES = "pictures"
-DRAWS = 2000  # of the paired bootstrap over images
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Seen:
     row: str
     rsum: dict[str, float]  # of the model's choice ("learned") and of each control
     areas: dict[str, dict[str, float]]  # by AREAS: the share kept, at random, and at best
-    ranks: dict[str, QueryRanks]  # by name, as rsum
+    ranks: dict[str, Path]  # files with the rank of each query, by name as rsum
 
 
 def chooses_patches(run: Planned) -> bool:
@@ -73,9 +73,7 @@ def seen(run: Planned, looks: Looks) -> Seen | None:
     rsum = {name: entry["rsum"] for name, entry in entries.items()}
     areas = {name: entries["learned"][name] for name in AREAS if entries["learned"].get(name)}
     ranks = {
-        name: read_ranks(run.folder / entry["ranks"])
-        for name, entry in entries.items()
-        if "ranks" in entry
+        name: run.folder / entry["ranks"] for name, entry in entries.items() if "ranks" in entry
     }
     return Seen(run.row.name, rsum, areas, ranks)
 
@@ -115,10 +113,11 @@ def _spread(values: Sequence[float], form: str) -> str:
 def _difference(runs: Sequence[Seen], control: str) -> str:
     """Return what the control adds: over seeds with their spread, of one run with its interval."""
     told = _spread([one.rsum[control] - one.rsum["learned"] for one in runs], "+.1f")
-    first = runs[0].ranks
-    if runs[1:] or not first.keys() >= {control, "learned"}:
+    files = runs[0].ranks
+    if runs[1:] or not files.keys() >= {control, "learned"}:
         return told
-    found = paired_differences([first[control]], [first["learned"]], repeats=DRAWS)["rsum"]
+    sides = [read_ranks(files[name]) for name in (control, "learned")]
+    found = paired_differences(sides[:1], sides[1:], repeats=REPEATS)["rsum"]
     return f"{told} ({found.low:+.1f} to {found.high:+.1f})"
 
 
