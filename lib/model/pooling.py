@@ -57,9 +57,10 @@ class GPO(nn.Module):
             lengths = mask.sum(1)
             weights = self.weights(lengths, tokens.shape[1])  # (B, N)
             hidden = tokens.to(weights.dtype).masked_fill(~mask[:, :, None], -math.inf)
-            ranked = hidden.sort(dim=1, descending=True).values
-            filled = length_mask(lengths, tokens.shape[1])[:, :, None]
-            return torch.einsum("bn,bnc->bc", weights, ranked.masked_fill(~filled, 0))
+            rows = hidden.transpose(1, 2).contiguous()  # (B, C, N): what is sorted lies together
+            ranked = rows.sort(dim=2, descending=True).values
+            filled = length_mask(lengths, tokens.shape[1])[:, None]  # (B, 1, N)
+            return torch.einsum("bn,bcn->bc", weights, ranked.masked_fill(~filled, 0))
 
     def weights(self, lengths: Tensor, width: int) -> Tensor:
         """Return the weights of the sorted positions, (B, width): rows sum to 1, 0 past a length.

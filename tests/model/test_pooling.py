@@ -72,10 +72,11 @@ def test_gpo_reproduces_the_official_weights_and_embeddings():
     assert torch.allclose(pooled, recorded("gpo_pooled"), atol=1e-5)
 
 
-def test_gpo_sums_sorted_values_and_ignores_what_is_masked():
+@pytest.mark.parametrize("shape", [(5, 8, 3), (8, 257, 512)])
+def test_gpo_sums_sorted_values_and_ignores_what_is_masked(shape):
     torch.manual_seed(0)
     pool = GPO().double()
-    tokens, mask = ragged(5, 8, 3)
+    tokens, mask = ragged(*shape)
     loop = []
     for row, real in zip(tokens, mask, strict=True):
         count = int(real.sum())
@@ -83,6 +84,9 @@ def test_gpo_sums_sorted_values_and_ignores_what_is_masked():
         loop.append(weights @ row[real].sort(dim=0, descending=True).values)
     pooled = pool(tokens, mask)
     assert torch.allclose(pooled, torch.stack(loop), atol=1e-12)
+    found = torch.autograd.grad(pooled.square().sum(), tokens)[0]
+    looped = torch.autograd.grad(torch.stack(loop).square().sum(), tokens)[0]
+    assert torch.allclose(found, looped, atol=1e-12)
     changed = pool(tokens.masked_fill(~mask[:, :, None], 1e4), mask)
     assert torch.equal(changed, pooled)
     assert pool(tokens, mask).sum(1).isfinite().all()
