@@ -53,9 +53,11 @@ def evaluate_all(
     A checkpoint that can't be evaluated is told and does not keep the others from it.
     """
     codes = []
+    evaluate = evaluate_in_shards if args.shards else evaluate_checkpoint
+    may_idle = ("feature_cache",) if len(checkpoints) > 1 else ()  # it changes no number's meaning
     for checkpoint in checkpoints:
         try:
-            (evaluate_in_shards if args.shards else evaluate_checkpoint)(checkpoint, args, device)
+            evaluate(checkpoint, args, device, may_idle)
         except (InputError, OSError, NonFiniteError) as error:
             if distributed.is_main():
                 print(f"error: {error}", file=sys.stderr)

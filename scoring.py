@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from lib.errors import InputError
 from lib.files import check_destination
 from lib.methods.base import Method
 from lib.methods.registry import get_method
+from lib.methods.served import MEMBER_FLAGS, check_attention, set_control, without_idle
 from lib.model.attention import cls_attention
 from lib.model.encoders import warn_of_small_vocabulary
 from lib.model.precision import autocast_for
-from lib.model.selection import control_selection
 from lib.retrieval import outcome
 from lib.retrieval.analysis import analyse
 from lib.retrieval.coco_labels import check_order, load_labels
@@ -77,16 +77,19 @@ class Member:
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, args: argparse.Namespace, device: torch.device
+    checkpoint: Path,
+    args: argparse.Namespace,
+    device: torch.device,
+    may_idle: Collection[str] = (),
 ) -> dict[str, Any]:
     """Print the table of one checkpoint and write results.json beside it; return the results.
 
-    `args` are eval.py's. Raises InputError for a checkpoint, data or destination that can't be
-    used, the destinations before the work.
+    `args` are eval.py's, `may_idle` as in `open_member`. Raises InputError for a checkpoint, data
+    or destination that can't be used, the destinations before the work.
     """
     checkpoint = checkpoint_file(checkpoint)
     check_destinations(checkpoint.with_name(RESULTS) if checkpoint.is_file() else None, args)
-    member = open_member(checkpoint, args, device)
+    member = open_member(checkpoint, args, device, may_idle)
     rows = None if args.rerank else _row_store(member, args, device)
     started, autocast = time.perf_counter(), autocast_for(args.amp, device)
     if args.rerank:
@@ -128,9 +131,12 @@ def evaluate_ensemble(
     check_destinations(folder / RESULTS, args)
     started, autocast = time.perf_counter(), autocast_for(args.amp, device)
     names = [str(one.parent) for one in checkpoints]
-    matrices, members, stores = [], [], []
+    matrices, members, stores, served = [], [], [], set()
     for checkpoint in checkpoints:
-        member = open_member(checkpoint, args, device)
+        # a flag may serve some members alone; the last one refuses what has served none
+        idle = served if len(members) == len(checkpoints) - 1 else MEMBER_FLAGS
+        member = open_member(checkpoint, args, device, idle)
+        served |= {flag for flag in MEMBER_FLAGS if getattr(member.settings, flag)}
         data = [*(one["data"] for one in members), member.facts["data"]]
         check_same_data(names[: len(data)], data)
         stores.append(_row_store(member, args, device))
@@ -165,21 +171,28 @@ def member_checkpoint(path: str) -> Path:
     return found
 
 
-def open_member(checkpoint: Path, args: argparse.Namespace, device: torch.device) -> Member:
+def open_member(
+    checkpoint: Path,
+    args: argparse.Namespace,
+    device: torch.device,
+    may_idle: Collection[str] = (),
+) -> Member:
     """Return the checkpoint's model, this rank's loaders of the split and the facts of both.
 
-    Raises InputError for a checkpoint or data that can't be used.
+    A flag of `may_idle` is passed over where the model has no use for it. Raises InputError for a
+    checkpoint or data that can't be used.
     """
     cache = open_image_cache(args)
     payload = read_payload(checkpoint)
     paths = args.vit_path, args.bert_path
     model, trained = restore_model(checkpoint, payload, args.method, *paths, device)
+    args = without_idle(args, model, bool(trained.precomp), may_idle)
     settings = evaluation_settings(args, trained)
     if args.shard_size:
         model.shard_size = args.shard_size
-    _control(model, args.selection_control, trained)
+    set_control(model, args.selection_control, trained.seed)
     if args.attention_kept:
-        _check_attention(model, settings)
+        check_attention(model, bool(settings.precomp))
     prepare_scenes(settings)
     tokenizer = checkpoint_tokenizer(payload, args.bert_path or trained.bert_path)
     settings.text_positions = getattr(model.text_encoder, "max_positions", None)
@@ -288,22 +301,6 @@ def evaluate_best(args: argparse.Namespace) -> None:
     evaluate_checkpoint(Path(asked.checkpoint), asked, device)
 
 
-def _control(model: Method, control: str | None, trained: argparse.Namespace) -> None:
-    """Put a control in the place of the model's choice of patches, where asked."""
-    if control and not control_selection(model, control, trained.seed):
-        raise InputError(
-            f"--selection_control {control}: {model.name} keeps all patches; leave out the flag"
-        )
-
-
-def _check_attention(model: Method, settings: argparse.Namespace) -> None:
-    """Raise InputError, before the work, where --attention_kept would have nothing to tell."""
-    chooses = type(model).patch_choice is not Method.patch_choice
-    if settings.precomp or not (model.uses_pixels and chooses):
-        raise InputError(f"--attention_kept: {model.name} keeps all it reads; leave out the flag")
-    cls_attention(model.image_encoder, torch.device("cpu"))
-
-
 def kept_areas(
     member: Member, args: argparse.Namespace, device: torch.device, autocast: Callable
 ) -> dict[str, Any]:
@@ -354,6 +351,7 @@ def evaluation_settings(args: argparse.Namespace, trained: argparse.Namespace):
     for name in DATA_FLAGS:
         setattr(settings, name, getattr(args, name))
     settings.scenes_size = args.scenes_size or getattr(trained, "scenes_size", None)
+    settings.selection_control = args.selection_control
     return settings
 
 

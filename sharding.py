@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from scoring import (
 
 
 def evaluate_in_shards(
-    checkpoint: Path, args: argparse.Namespace, device: torch.device
+    checkpoint: Path,
+    args: argparse.Namespace,
+    device: torch.device,
+    may_idle: Collection[str] = (),
 ) -> dict[str, Any]:
     """Do this process's part of an evaluation in files; the last process prints and writes.
 
@@ -38,7 +42,7 @@ def evaluate_in_shards(
     """
     checkpoint = checkpoint_file(checkpoint)
     check_destinations(checkpoint.with_name(RESULTS) if checkpoint.is_file() else None, args)
-    member = open_member(checkpoint, args, device)
+    member = open_member(checkpoint, args, device, may_idle)
     autocast = autocast_for(args.amp, device)
     how = args.shards, member.model, member.loaders, device, autocast
     names = result_names(member.split.dataset, args.split, member.loaders.num_images)

@@ -42,15 +42,17 @@ def added(matrices: Sequence[np.ndarray]) -> np.ndarray:
 def ensemble_facts(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a result of several models says in the place of one model's facts.
 
-    The protocol is that of the member that was told most.
+    The protocol is that of the member that was told most; a control of one is one of the sum.
     """
-    return {
+    controls = [one["selection_control"] for one in members if "selection_control" in one]
+    facts = {
         "method": "ensemble of " + ", ".join(str(one["method"]) for one in members),
         "protocol": strictest([one["protocol"] for one in members]),
         "val_split": " and ".join(sorted({str(one["val_split"]) for one in members})),
         "trained_on_dense": any(one.get("trained_on_dense") for one in members),
         "members": [dict(one) for one in members],
     }
+    return {**facts, "selection_control": controls[0]} if controls else facts
 
 
 def check_same_data(names: Sequence[str], data: Sequence[Mapping[str, Any]]) -> None:

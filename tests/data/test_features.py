@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -201,6 +202,35 @@ def test_training_and_evaluation_read_the_cache(method, scenes_path, tmp_path, m
     apart = np.abs(pixels - features)  # float16 may tip the choice of a patch here and there
     assert np.median(apart) < 1e-3
     assert 0 < apart.max() < 0.05
+
+
+def test_flags_that_serve_some_members_of_an_ensemble_are_taken(scenes_path, tmp_path, capsys):
+    data, runs = ["--data_path", str(scenes_path)], {}
+    tiny = "--dataset scenes --scenes_size 32,16,16 --img_res 64 --embed_size 32 --tiny_width 32 "
+    tiny = [*tiny.split(), *"--tiny_layers 1 --batch_size 16 --workers 0 --num_epochs 1".split()]
+    for method, frozen in {"laps": "image", "dense_text": "none"}.items():
+        runs[method] = str(tmp_path / f"scenes_{method}")
+        flags = ["--method", method, "--freeze", frozen, "--logger_name", runs[method]]
+        assert train.main([*tiny, *data, *flags]) == 0
+    home = ["--runs", str(tmp_path), "--workers", "0", *data]
+    asked = ["--feature_cache", str(tmp_path / "cache"), "--selection_control", "inverted"]
+    for members in (["laps", "dense_text"], ["dense_text", "laps"]):
+        both = ["--ensemble", *(runs[name] for name in members)]
+        assert evaluation.main([*home, *both, *asked]) == 0
+        told = tmp_path / "ensembles" / "+".join(f"scenes_{name}" for name in members)
+        found = json.loads((told / "results.json").read_text())["scenes_ensemble_inverted"]
+        controlled = {one["method"]: "selection_control" in one for one in found["members"]}
+        assert controlled == {"laps": True, "dense_text": False}
+        assert found["selection_control"] == "inverted"
+    assert "16 to encode" in capsys.readouterr().out
+    texts = ["--ensemble", runs["dense_text"], runs["dense_text"]]
+    for flag, why in zip((asked[:2], asked[2:]), ("no pixels", "keeps all"), strict=True):
+        assert evaluation.main([*home, *texts, *flag]) == 2
+        assert why in capsys.readouterr().err
+    # each run by itself: the cache is passed over where it is of no use, a control is not
+    assert evaluation.main([*home, "--dataset", "scenes", *asked[:2]]) == 0
+    assert evaluation.main([*home, "--dataset", "scenes", *asked[2:]]) == 2
+    assert "dense_text keeps all patches" in capsys.readouterr().err
 
 
 def test_what_the_cache_can_not_serve_is_refused(scenes_path, tmp_path, capsys):

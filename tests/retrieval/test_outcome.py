@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -17,6 +16,7 @@ import train
 from arguments import parse_train
 from lib.batch import Batch
 from lib.errors import InputError, NonFiniteError
+from lib.methods import served
 from lib.retrieval.analysis import analyse, duplicate_rows, hub_rows, wrong_pair_rows
 from lib.retrieval.ensemble import added, check_same_data, ensemble_folder, uneven_spreads
 from lib.retrieval.evaluation import SplitLoaders, score_split
@@ -345,9 +345,9 @@ def test_attention_that_can_not_be_told_is_refused_before_the_work(
     def refuse(*_):
         raise InputError("SwinModel has no [CLS]")
 
-    monkeypatch.setattr(scoring, "cls_attention", refuse)
+    monkeypatch.setattr(served, "cls_attention", refuse)
     monkeypatch.setattr(scoring, "score_split", lambda *_, **__: pytest.fail("scored before"))
     assert evaluate(run, scenes_path, "--attention_kept", "1") == 2
     assert "SwinModel has no [CLS]" in capsys.readouterr().err
     with pytest.raises(InputError, match="vse keeps all it reads"):
-        scoring._check_attention(tiny_model("vse"), argparse.Namespace(precomp=0))
+        served.check_attention(tiny_model("vse"), precomp=False)
