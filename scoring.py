@@ -44,6 +44,7 @@ from lib.retrieval.ensemble import (
     check_same_data,
     ensemble_facts,
     ensemble_folder,
+    ensemble_label,
     uneven_spreads,
 )
 from lib.retrieval.evaluation import SplitLoaders, score_split
@@ -144,11 +145,14 @@ def evaluate_ensemble(
         matrices.append(scores.matrix)
         protocol = protocol_of(*scores.carried, member.loaders.repeated_share)
         members.append({**member.facts, "protocol": protocol})
-    matrix = distributed.on_main(lambda: added(matrices))  # no other rank has them
-    measured = _shared(lambda: _measured(member.gallery, matrix, args, label="_ensemble"))
+    matrix = distributed.on_main(  # no other rank has them
+        lambda: added(matrices, args.ensemble_weights)
+    )
+    label = ensemble_label(args.ensemble_weights)
+    measured = _shared(lambda: _measured(member.gallery, matrix, args, label))
     facts = {**_shared_facts(member, args), **ensemble_facts(members)}
     measured = measured.with_facts({**facts, "seconds": round(time.perf_counter() - started, 2)})
-    uneven = distributed.on_main(lambda: uneven_spreads(names, matrices))
+    uneven = distributed.on_main(lambda: uneven_spreads(names, matrices, args.ensemble_weights))
     if uneven:
         measured.notes.append(uneven)
 

@@ -69,7 +69,7 @@ RANGES = _table(
     reals_above_zero=(
         Range(0, low_open=True),
         "learning_rate match_weight gumbel_tau decay_rate scan_lambda_t2i scan_lambda_i2t"
-        " dist_timeout time_limit budget",
+        " dist_timeout time_limit budget ensemble_weights",
     ),
     shares=(Range(0, 1), "attention_weight token_selection_ratio sibling_share"),
     shares_above_zero=(

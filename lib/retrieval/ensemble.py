@@ -22,10 +22,11 @@ LONGEST_NAME = 150  # of a folder, before its digest
 UNEVEN = 3.0  # times wider: one member decides nearly alone
 
 
-def added(matrices: Sequence[np.ndarray]) -> np.ndarray:
+def added(matrices: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
     """Return the sum of the members' similarities, (N_images, N_captions): the field's habit.
 
-    Raises InputError where they are not of the same images and captions.
+    `weights` are the members' factors, 1 without them. Raises InputError where the members are not
+    of the same images and captions.
     """
     shapes = {matrix.shape for matrix in matrices}
     if len(shapes) > 1:
@@ -33,10 +34,15 @@ def added(matrices: Sequence[np.ndarray]) -> np.ndarray:
             f"--ensemble: the members scored {' and '.join(map(str, sorted(shapes)))} images and "
             "captions; they must share one data set"
         )
-    total = matrices[0].astype(np.float64)
-    for matrix in matrices[1:]:
-        total += matrix
+    total = np.zeros(matrices[0].shape)
+    for matrix, weight in zip(matrices, weights or [1.0] * len(matrices), strict=True):
+        total += weight * matrix.astype(np.float64)
     return total
+
+
+def ensemble_label(weights: Sequence[float] | None) -> str:
+    """Return the end of an entry's name: _ensemble, with weights _ensemble_1_0.5."""
+    return "_".join(["_ensemble", *(f"{one:g}" for one in weights or ())])
 
 
 def ensemble_facts(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,9 +91,12 @@ def ensemble_folder(runs: str | Path, checkpoints: Sequence[Path], usual: str) -
     return Path(runs) / "ensembles" / name
 
 
-def uneven_spreads(names: Sequence[str], matrices: Sequence[np.ndarray]) -> str | None:
-    """Return a sentence where one member's similarities spread much wider than another's."""
-    spreads = [float(matrix.std()) for matrix in matrices]
+def uneven_spreads(
+    names: Sequence[str], matrices: Sequence[np.ndarray], weights: Sequence[float] | None = None
+) -> str | None:
+    """Return a sentence where one member's share of the sum spreads much wider than another's."""
+    factors = weights or [1.0] * len(matrices)
+    spreads = [w * float(matrix.std()) for w, matrix in zip(factors, matrices, strict=True)]
     widest, narrowest = int(np.argmax(spreads)), int(np.argmin(spreads))
     if spreads[widest] <= UNEVEN * spreads[narrowest]:
         return None

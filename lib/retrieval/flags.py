@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from lib.errors import InputError
 from lib.flags import IntegerList
@@ -35,6 +36,14 @@ def add_way_flags(group: argparse._ArgumentGroup) -> None:
         help="add the similarities of these run folders or checkpoints; results of their own",
     )
     group.add_argument(
+        "--ensemble_weights",
+        type=float,
+        nargs="+",
+        default=None,
+        metavar="W",
+        help="factors of the members' similarities in that order (all 1); choose them on dev",
+    )
+    group.add_argument(
         "--rerank",
         type=int,
         default=0,
@@ -64,6 +73,7 @@ def check_evaluation(args: argparse.Namespace) -> None:
     """Raise InputError where eval.py's flags contradict each other."""
     if args.ensemble and len(args.ensemble) < 2:
         raise InputError("--ensemble: give at least two runs")
+    check_weights(args.ensemble, args.ensemble_weights)
     for flag in ("checkpoint", "rerank", "attention_kept"):
         if args.ensemble and getattr(args, flag):
             raise InputError(f"--ensemble and --{flag} don't go together: leave one out")
@@ -77,6 +87,13 @@ def check_evaluation(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{flag} needs all similarities, and --shards keeps ranks alone: leave one out"
             )
+
+
+def check_weights(members: Sequence[str] | None, weights: Sequence[float] | None) -> None:
+    """Raise InputError where --ensemble_weights does not give each member a factor."""
+    if weights is not None and len(weights) != len(members or ()):
+        told = f"--ensemble names {len(members)} runs" if members else "there is no --ensemble"
+        raise InputError(f"--ensemble_weights gives {len(weights)} factors, but {told}")
 
 
 def check_labels(args: argparse.Namespace) -> None:

@@ -88,10 +88,13 @@ def test_the_analysis_by_hand(tmp_path):
 def test_matrices_are_added():
     one, two = np.ones((2, 4), np.float32), np.arange(8, dtype=np.float32).reshape(2, 4)
     np.testing.assert_array_equal(added([one, two]), one + two)
+    np.testing.assert_array_equal(added([one, two], [2.0, 0.5]), 2 * one + two / 2)
     with pytest.raises(InputError, match=r"\(2, 4\) and \(4, 2\)"):
         added([one, two.T])
     assert uneven_spreads(["a", "b"], [two, 2 * two]) is None
     assert "b spreads 50 times wider than a" in uneven_spreads(["a", "b"], [two, 50 * two])
+    assert uneven_spreads(["a", "b"], [two, 50 * two], [5.0, 0.1]) is None
+    assert "a spreads 10 times wider than b" in uneven_spreads(["a", "b"], [two, two], [1, 0.1])
 
 
 def test_members_that_scored_other_data_are_refused():
@@ -256,6 +259,29 @@ def test_an_ensemble_of_one_model_twice_ranks_as_that_model(run, scenes_path):
     assert [one["checkpoint_sha256"] for one in table["members"]] == [
         single["scenes"]["checkpoint_sha256"]
     ] * 2
+
+
+def test_factors_of_members_are_taken_and_told(run, scenes_path, tmp_path, capsys):
+    data = ["--data_path", str(scenes_path), "--workers", "0", "--runs", str(run.parent)]
+    members = ["--ensemble", str(run), str(run)]
+    alone, weighed = tmp_path / "alone.npy", tmp_path / "weighed.npy"
+    checkpoint = ["--checkpoint", str(run / "model_best.pth"), "--save_similarity", str(alone)]
+    assert evaluation.main([*data, *checkpoint]) == 0
+    asked = [*data, *members, "--ensemble_weights", "2", "0.5"]
+    assert evaluation.main([*asked, "--save_similarity", str(weighed)]) == 0
+    np.testing.assert_allclose(np.load(weighed), 2.5 * np.load(alone), rtol=1e-5)
+    home = run.parent / "ensembles" / f"{run.name}+{run.name}"
+    table = json.loads((home / "results.json").read_text())["scenes_ensemble_2_0.5"]
+    assert table["flags"]["ensemble_weights"] == [2.0, 0.5]
+    for wrong, told in {
+        "1": "gives 1 factors, but --ensemble names 2 runs",
+        "1 0": "--ensemble_weights 0.0: give a number above 0",
+        "1 nan": "--ensemble_weights nan: give a number above 0",
+    }.items():
+        assert evaluation.main([*data, *members, "--ensemble_weights", *wrong.split()]) == 2
+        assert told in capsys.readouterr().err
+    assert evaluation.main([*data, *checkpoint, "--ensemble_weights", "1"]) == 2
+    assert "there is no --ensemble" in capsys.readouterr().err
 
 
 def test_an_ensemble_looks_at_its_own_folder_before_the_work(run, scenes_path, tmp_path, capsys):
