@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from lib.errors import InputError
 from lib.flags import Parser
 from lib.program import program, run_program
 from lib.retrieval.result_files import stored_results
@@ -18,9 +19,16 @@ from lib.retrieval.significance import compare_results, format_comparison
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the differences A − B with their intervals; return the exit code, 0 or 2."""
     args = parser().parse_args(argv)
+    if args.table_b and not args.table:
+        raise InputError(f"--table_b {args.table_b}: name A's entry too, with --table")
     sides = stored_results(args.a), stored_results(args.b)
     compared = compare_results(
-        *sides, args.table, repeats=args.repeats, seed=args.seed, level=args.level / 100
+        *sides,
+        args.table,
+        args.table_b,
+        repeats=args.repeats,
+        seed=args.seed,
+        level=args.level / 100,
     )
     print("\n\n".join(format_comparison(one, args.a, args.b) for one in compared))
     return 0
@@ -34,7 +42,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--table",
         default=None,
+        metavar="NAME",
         help="entry of results.json, as f30k_1k; default: all that both have but controls",
+    )
+    parser.add_argument(
+        "--table_b",
+        default=None,
+        metavar="NAME",
+        help="entry of B where it has another name, as an ensemble's and a member's; default: "
+        "--table's",
     )
     parser.add_argument("--repeats", type=int, default=10_000, help="bootstrap draws")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")

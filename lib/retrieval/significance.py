@@ -33,6 +33,7 @@ def compare_results(
     a: Runs,
     b: Runs,
     table: str | None = None,
+    table_b: str | None = None,
     *,
     repeats: int = 10_000,
     seed: int = 0,
@@ -40,15 +41,33 @@ def compare_results(
 ) -> list[Compared]:
     """Return what differs between two results in `table`, or in each entry that all runs have.
 
-    Entries of controls, which say what a model is without its choice, are compared where asked.
-    Raises InputError where they share none, rank other images or captions, mix protocols within a
-    side, or where one side's queries carried text made from their answers and the other's did not.
+    With `table_b` A's entry `table` is compared with that one of B: an ensemble's with a member's,
+    the model's own with a control's. Entries of controls, which say what a model is without its
+    choice, are compared where asked. Raises InputError where they share none, rank other images or
+    captions, mix protocols within a side, or where one side's queries carried text made from their
+    answers and the other's did not.
     """
     if repeats < 100 or not 0 < level < 1:
         raise InputError(
             f"--repeats {repeats}, --level {100 * level:g}: give at least 100 draws and a level "
             "between 0 and 100"
         )
+    options = {"repeats": repeats, "seed": seed, "level": level}
+    return [
+        _compare([run[one] for run in a], [run[other] for run in b], options)
+        for one, other in _entries_compared(a, b, table, table_b)
+    ]
+
+
+def _entries_compared(
+    a: Runs, b: Runs, table: str | None, table_b: str | None
+) -> list[tuple[str, str]]:
+    """Return the names of the entries of A and of B; InputError where there are none."""
+    if table is not None and table_b is not None:
+        for flag, runs, name in (("table", a, table), ("table_b", b, table_b)):
+            if any(name not in run for run in runs):
+                raise InputError(f"--{flag} {name}: the entries there are {_entries(runs)}")
+        return [(table, table_b)]
     shared = [name for name in a[0] if all(name in run for run in [*a, *b])]
     names = [name for name in shared if "selection_control" not in a[0][name].facts]
     if table is not None:
@@ -57,10 +76,10 @@ def compare_results(
         wanted = f"--table {table}: " if table else ""
         but = " but those of controls (--table NAME)" if shared and table is None else ""
         raise InputError(
-            f"{wanted}the two results share no entry{but}: {_entries(a)} and {_entries(b)}"
+            f"{wanted}the two results share no entry{but}: {_entries(a)} and {_entries(b)}; "
+            "--table NAME --table_b NAME compares two of different names"
         )
-    options = {"repeats": repeats, "seed": seed, "level": level}
-    return [_compare([run[name] for run in a], [run[name] for run in b], options) for name in names]
+    return [(name, name) for name in names]
 
 
 def _entries(runs: Runs) -> str:
@@ -84,7 +103,7 @@ def _compare(
     except ValueError as error:
         raise InputError(f"{a[0].folder} and {b[0].folder}, {a[0].name}: {error}") from None
     return Compared(
-        name=a[0].name,
+        name=" and ".join(dict.fromkeys((a[0].name, b[0].name))),
         differences=found,
         seeds=(len(a), len(b)),
         images=len(a[0].ranks.i2t),

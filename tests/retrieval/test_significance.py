@@ -94,6 +94,11 @@ def test_controls_are_compared_where_asked(tmp_path, capsys):
     words = ["--repeats", "200", "--table", "f30k_1k_inverted"]
     assert significance.main([*sides, *words]) == 0
     assert "B is better than A by" in capsys.readouterr().out
+    words = ["--repeats", "200", "--table", "f30k_1k", "--table_b", "f30k_1k_inverted"]
+    assert significance.main([sides[0], sides[0], *words]) == 0  # the model's own with its control
+    text = capsys.readouterr().out
+    assert "f30k_1k and f30k_1k_inverted: 100 images" in text
+    assert "A is better than B by" in text
     for side in sides:
         entries = json.loads((Path(side) / "results.json").read_text())
         del entries["f30k_1k"]
@@ -108,6 +113,8 @@ def test_controls_are_compared_where_asked(tmp_path, capsys):
         ({"protocol": "oracle"}, [], "oracle queries carried text made from their own answers"),
         ({"name": "coco_5k"}, [], "share no entry: f30k_1k and coco_5k"),
         ({}, ["--table", "scenes"], "--table scenes: the two results share no entry"),
+        ({"name": "x"}, ["--table", "f30k_1k", "--table_b", "y"], "--table_b y: the entries there"),
+        ({}, ["--table_b", "x"], "--table_b x: name A's entry too, with --table"),
         ({"data": {"captions_sha256": "2"}}, [], "not measured on the same data"),
         ({"owners": np.repeat(np.arange(50), 10)}, [], "same images and captions"),
         ({}, ["--repeats", "5"], "at least 100 draws"),
