@@ -15,6 +15,11 @@ from lib.model.selection import control_selection
 MEMBER_FLAGS = "feature_cache", "selection_control"  # may serve one member of an ensemble alone
 
 
+def has_patch_choice(method: type[Method]) -> bool:
+    """Return whether the method weighs patches against each other (--sparse_ratio 1 keeps all)."""
+    return method.patch_choice is not Method.patch_choice
+
+
 def without_idle(
     args: argparse.Namespace, model: Method, precomp: bool, flags: Collection[str]
 ) -> argparse.Namespace:
@@ -37,7 +42,6 @@ def set_control(model: Method, control: str | None, seed: int) -> None:
 
 def check_attention(model: Method, precomp: bool) -> None:
     """Raise InputError, before the work, where --attention_kept would have nothing to tell."""
-    chooses = type(model).patch_choice is not Method.patch_choice
-    if precomp or not (model.uses_pixels and chooses):
+    if precomp or not (model.uses_pixels and has_patch_choice(type(model))):
         raise InputError(f"--attention_kept: {model.name} keeps all it reads; leave out the flag")
     cls_attention(model.image_encoder, torch.device("cpu"))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import read_json
-from lib.methods.base import Method
 from lib.methods.registry import get_method
+from lib.methods.served import has_patch_choice
 from lib.retrieval.baselines import REPEATS
 from lib.retrieval.bootstrap import paired_differences
 from lib.retrieval.commands import Execute
@@ -35,9 +35,8 @@ class Seen:
 
 def chooses_patches(run: Planned) -> bool:
     """Return whether the run's method keeps some patches of each image and drops others."""
-    method = get_method(run.settings["method"])
     drops = run.settings.get("sparse_ratio", 1.0) < 1
-    return method.patch_choice is not Method.patch_choice and drops
+    return has_patch_choice(get_method(run.settings["method"])) and drops
 
 
 def look(run: Planned, looks: Looks, drawn: bool, execute: Execute, show: Callable) -> str | None:
