@@ -36,7 +36,7 @@ def added(matrices: Sequence[np.ndarray], weights: Sequence[float] | None = None
         )
     total = np.zeros(matrices[0].shape)
     for matrix, weight in zip(matrices, weights or [1.0] * len(matrices), strict=True):
-        total += weight * matrix.astype(np.float64)
+        total += np.multiply(matrix, weight, dtype=np.float64)
     return total
 
 
