@@ -253,6 +253,7 @@ def test_runs_train_then_evaluate_then_are_skipped(call, runner, tmp_path):
     assert "104.0 ± 0.0 | 4,321 |" in page
     assert "python -m tools.compare --rows seps,laps --seeds 0,1 --epochs 2" in page
     assert "Not finished" not in page
+    assert [one.name for one in (tmp_path / "out/seps/seed0").glob("*.pth")] == ["model_best.pth"]
     assert call("--rows", "seps,laps", "--seeds", "0,1", "--epochs", "2") == 0
     assert runner.commands == []
 
@@ -312,6 +313,7 @@ def test_a_trained_run_without_results_is_only_evaluated(call, runner, tmp_path)
 def test_results_of_an_unfinished_training_do_not_count(call, runner, tmp_path):
     assert call("--rows", "laps", "--seeds", "0") == 0
     (tmp_path / "out/laps/seed0/compare.json").unlink()
+    (tmp_path / "out/laps/seed0/checkpoint_last.pth").touch()
     assert call("--rows", "laps", "--seeds", "0") == 0
     assert runner.told == ["train.py resume laps/seed0", "eval.py test laps/seed0"]
 

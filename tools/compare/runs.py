@@ -94,6 +94,7 @@ def train_once(run: Planned, execute: Execute, show: Callable) -> str | None:
     if _train(run, state, execute, show) != 0:
         return f"{comparison.last_line(run.log)} ({run.log})"
     run.keep({**state, "trained": True})
+    (run.folder / LAST).unlink(missing_ok=True)  # two thirds of a run's bytes, read by nobody now
     return None
 
 
