@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lib.errors import InputError
 from lib.flags import Parser
 from lib.program import program, run_program
 from lib.retrieval.result_files import stored_results
@@ -19,8 +18,6 @@ from lib.retrieval.significance import compare_results, format_comparison
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the differences A − B with their intervals; return the exit code, 0 or 2."""
     args = parser().parse_args(argv)
-    if args.table_b and not args.table:
-        raise InputError(f"--table_b {args.table_b}: name A's entry too, with --table")
     sides = stored_results(args.a), stored_results(args.b)
     compared = compare_results(
         *sides,

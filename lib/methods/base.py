@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ class Method(MethodOptions, nn.Module):
     goes into `prepare_images` and `prepare_texts`, done once. The flags are `MethodOptions`' part.
     """
 
-    name: ClassVar[str]
     dense_gradient: bool = True  # False where the dense text only chooses: its graph is spared
     scores_repeat: bool = True  # False: scored again they differ, or it spares nothing
     is_fused: bool = False  # True while a kernel scores the pairs (kernels.serves)

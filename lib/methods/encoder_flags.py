@@ -55,20 +55,29 @@ def check_freeze(args: argparse.Namespace) -> None:
             raise InputError(f"--freeze {args.freeze}: {reason} to keep; freeze the other side")
 
 
+def without_features(method: type[MethodOptions], precomp: bool) -> str | None:
+    """Return why --feature_cache is nothing to `method`; None where it reads what is cached."""
+    if precomp:
+        return "precomputed regions are no pixels to encode"
+    if not method.uses_pixels:
+        return f"--method {method.name} reads no pixels to encode"
+    if not method.takes_features:
+        return (
+            f"--method {method.name} cuts into the image encoder, whose last hidden state is all "
+            "that the cache keeps"
+        )
+    return None
+
+
 def check_feature_cache(
     args: argparse.Namespace, method: type[MethodOptions], training: bool = True
 ) -> None:
     """Raise InputError where `args.feature_cache` can't serve `method`, in `training` or at all."""
     if not getattr(args, "feature_cache", None):
         return
-    if args.precomp or not method.uses_pixels:
-        reads = "precomputed regions are" if args.precomp else f"--method {args.method} reads"
-        raise InputError(f"--feature_cache: {reads} no pixels to encode; leave it out")
-    if not method.takes_features:
-        raise InputError(
-            f"--feature_cache: --method {args.method} cuts into the image encoder, whose last "
-            "hidden state is all that the cache keeps; leave it out"
-        )
+    useless = without_features(method, args.precomp)
+    if useless:
+        raise InputError(f"--feature_cache: {useless}; leave it out")
     if training and args.freeze not in ("image", "both"):
         raise InputError(
             "--feature_cache keeps what a frozen image encoder says: add --freeze image (or both)"

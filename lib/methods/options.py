@@ -11,6 +11,7 @@ DENSE_WORDS = 256  # the real dense texts have a median of about 130 word pieces
 class MethodOptions:
     """What a method's class says of parsed flags; every answer has a default."""
 
+    name: ClassVar[str]
     has_global_embedding: ClassVar[bool] = True  # one that images and captions share
     accepts_regions: ClassVar[bool] = False  # takes precomputed regions in the place of pixels
     takes_features: ClassVar[bool] = True  # reads the image encoder's last hidden state alone

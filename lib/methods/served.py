@@ -9,6 +9,7 @@ import torch
 
 from lib.errors import InputError
 from lib.methods.base import Method
+from lib.methods.encoder_flags import without_features
 from lib.model.attention import cls_attention
 from lib.model.selection import control_selection
 
@@ -25,8 +26,8 @@ def without_idle(
 ) -> argparse.Namespace:
     """Return `args` without those of the `flags` (of MEMBER_FLAGS) that can do nothing for it."""
     useful = {
-        "feature_cache": not precomp and model.uses_pixels and model.takes_features,
-        "selection_control": control_selection(model, None),
+        "feature_cache": without_features(type(model), precomp) is None,
+        "selection_control": has_patch_choice(type(model)),
     }
     idle = {flag: None for flag in flags if not useful[flag]}
     return argparse.Namespace(**{**vars(args), **idle})

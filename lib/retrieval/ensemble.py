@@ -36,7 +36,8 @@ def added(matrices: Sequence[np.ndarray], weights: Sequence[float] | None = None
         )
     total = np.zeros(matrices[0].shape)
     for matrix, weight in zip(matrices, weights or [1.0] * len(matrices), strict=True):
-        total += np.multiply(matrix, weight, dtype=np.float64)
+        for image, row in zip(total, matrix, strict=True):  # no further matrix in float64
+            image += np.multiply(row, weight, dtype=np.float64)
     return total
 
 

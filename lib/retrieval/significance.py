@@ -63,14 +63,17 @@ def _entries_compared(
     a: Runs, b: Runs, table: str | None, table_b: str | None
 ) -> list[tuple[str, str]]:
     """Return the names of the entries of A and of B; InputError where there are none."""
-    if table is not None and table_b is not None:
+    if table_b is not None:
+        if table is None:
+            raise InputError(f"--table_b {table_b}: name A's entry too, with --table")
         for flag, runs, name in (("table", a, table), ("table_b", b, table_b)):
             if any(name not in run for run in runs):
                 raise InputError(f"--{flag} {name}: the entries there are {_entries(runs)}")
         return [(table, table_b)]
     shared = [name for name in a[0] if all(name in run for run in [*a, *b])]
-    names = [name for name in shared if "selection_control" not in a[0][name].facts]
-    if table is not None:
+    if table is None:
+        names = [name for name in shared if "selection_control" not in a[0][name].facts]
+    else:
         names = [name for name in shared if name == table]
     if not names:
         wanted = f"--table {table}: " if table else ""
