@@ -285,12 +285,13 @@ def changed_settings(
 ) -> list[str]:
     """Return `--flag old, now new` for each setting in which a saved run differs from the plan.
 
-    A flag that the saved run did not know yet counts as at its default; flags that change nothing
-    of what is learnt are passed over.
+    A flag that the saved run did not know yet counts as at its default, an empty one (`--flag=`) as
+    left out; flags that change nothing of what is learnt are passed over.
     """
     told = []
     for flag in sorted(set(planned) - WITHOUT_EFFECT):
-        old, new = saved.get(flag, defaults.get(flag)), planned[flag]
+        values = saved.get(flag, defaults.get(flag)), planned[flag]
+        old, new = (None if value == "" else value for value in values)
         if flag == "val_split" and old == "held_out":
             old = "dev"  # what train.py makes of dev where dev has no dense texts
         if old != new:

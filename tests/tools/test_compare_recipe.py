@@ -15,7 +15,7 @@ from arguments import parse_train
 from lib.errors import InputError
 from lib.methods.registry import method_names
 from lib.retrieval.bootstrap import paired_differences
-from lib.retrieval.comparison import Row
+from lib.retrieval.comparison import Row, changed_settings
 from lib.retrieval.metrics import QueryRanks
 from lib.retrieval.result_files import ranks_file, write_ranks, write_results
 from tests.retrieval.test_compare import FakeRunner, table
@@ -279,6 +279,16 @@ def test_a_row_that_reads_no_pixels_is_given_no_features(tmp_path):
     assert "--feature_cache" not in compare.eval_command(run, "test")
     run = compare.plan_run(Row("laps", ("--method", "laps")), 0, flags, tmp_path)
     assert run.settings["feature_cache"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("row", ["avse --freeze image", "vse --precomp 1"])
+def test_so_is_a_row_whose_encoder_states_no_cache_holds(row, tmp_path):
+    flags, one = ["--dataset", "scenes"], Row("one", ("--method", *row.split()))
+    plain = compare.plan_run(one, 0, flags, tmp_path)
+    assert plain.settings["feature_cache"] is None
+    run = compare.plan_run(one, 0, [*flags, "--feature_cache", str(tmp_path)], tmp_path)
+    assert not run.settings["feature_cache"]
+    assert changed_settings(run.settings, plain.settings, {}) == []  # so an earlier run counts
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ from arguments import parse_train, train_parser
 from lib.checkpoints.checkpoint import BEST, LAST, plain_arguments
 from lib.errors import InputError
 from lib.files import read_json, write_json
+from lib.methods.encoder_flags import without_features
 from lib.methods.registry import get_method
 from lib.retrieval import comparison
 from lib.retrieval.commands import Execute
@@ -76,8 +77,9 @@ def plan_run(row: Row, seed: int, flags: Sequence[str], out: Path) -> Planned:
     ]
     argv = [*flags, *own, "--seed", str(seed), "--logger_name", str(folder)]
     try:
-        method = train_parser().parse_known_args(argv)[0].method
-        if method and not get_method(method).uses_pixels:
+        asked = train_parser().parse_known_args(argv)[0]
+        method = get_method(asked.method) if asked.method else None
+        if method and asked.feature_cache and without_features(method, asked.precomp):
             argv.append("--feature_cache=")  # what others read is nothing to it
         return Planned(row, seed, folder, argv, plain_arguments(parse_train(argv)))
     except InputError as error:
