@@ -157,6 +157,7 @@ def both_forms(call, monkeypatch) -> list[torch.Tensor]:
     """What a call returns with the fused scoring, and without."""
     with monkeypatch.context() as patch:
         fused = call()
+        assert not kernels._failed  # or it was PyTorch's form too
         patch.setattr(kernels, "serves", lambda patches: False)
         return [fused, call()]
 

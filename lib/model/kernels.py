@@ -89,8 +89,11 @@ def _builds(device: torch.device) -> bool:
     return True
 
 
-def _tell(error: Exception) -> None:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+def _tell(error: BaseException) -> None:
+    while error.__cause__ is not None:  # a fault in a helper is told as the line that calls it
+        error = error.__cause__
+    lines = str(error).splitlines() or [type(error).__name__]
+    reason = lines[-1] if lines[0].startswith("at ") else lines[0]  # after the source's lines
     print(f"warning: no fused scoring, PyTorch does it ({reason:.200})", file=sys.stderr)
 
 

@@ -194,6 +194,14 @@ def test_the_probe_builds_every_program_and_tells_once(broken, monkeypatch, caps
     assert capsys.readouterr().err == ("" if broken is None else told)
 
 
+def test_a_fault_in_a_helper_of_a_program_is_named(capsys):
+    inner = RuntimeError("at 7:14:\n    tile = tl.load(x)\n              ^\nx is not defined")
+    outer = RuntimeError("at 38:25:\n    top = helper()\n          ^")
+    outer.__cause__ = inner
+    kernels._tell(outer)
+    assert capsys.readouterr().err.endswith("does it (x is not defined)\n")
+
+
 @pytest.mark.parametrize(("method", "flags"), [("laps", {}), ("seps", {}), ("seps_released", {})])
 @torch.no_grad()
 def test_a_program_that_fails_at_a_models_size_falls_back(method, flags, monkeypatch, capsys):
