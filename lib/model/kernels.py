@@ -80,9 +80,10 @@ def _builds(device: torch.device) -> bool:
     patches = torch.ones(1, 4, 4, device=device)
     one, mask = patches[:, :1], patches[:, :1, 0] > 0
     try:
-        for added in (None, one):
-            matches = _matches(one, one, patches, one, mask, one, mask, 2, added)
-            matches[0].sum().item()  # waits, so that a fault shows here
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # as the call itself
+            for added in (None, one):
+                matches = _matches(one, one, patches, one, mask, one, mask, 2, added)
+                matches[0].sum().item()  # waits, so that a fault shows here
     except Exception as error:  # Triton raises what its compilers and drivers do
         _tell(error)
         return False

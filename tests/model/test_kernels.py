@@ -194,6 +194,28 @@ def test_the_probe_builds_every_program_and_tells_once(broken, monkeypatch, caps
     assert capsys.readouterr().err == ("" if broken is None else told)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_probe_is_of_float32_under_autocast_too(dtype, monkeypatch):
+    """With a product of another type Triton refuses, and PyTorch served the whole process."""
+    pytest.importorskip("triton")
+    given = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *some, **named: given.extend([*some, *named.values()])
+
+    for name in PROGRAMS:
+        monkeypatch.setattr(kernels, name, Recorded())
+    kernels._builds.cache_clear()
+    try:
+        with torch.autocast("cpu", dtype):
+            assert kernels._builds(torch.device("cpu"))
+    finally:
+        kernels._builds.cache_clear()
+    floats = {one.dtype for one in given if torch.is_tensor(one) and one.is_floating_point()}
+    assert floats == {torch.float32}
+
+
 def test_a_fault_in_a_helper_of_a_program_is_named(capsys):
     inner = RuntimeError("at 7:14:\n    tile = tl.load(x)\n              ^\nx is not defined")
     outer = RuntimeError("at 38:25:\n    top = helper()\n          ^")
