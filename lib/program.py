@@ -66,6 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
     )
 
 

@@ -61,6 +61,8 @@ def is_available(device: torch.device) -> bool:
     Under TRITON_INTERPRET=1 Triton's interpreter runs the programs anywhere. Where Triton can't
     build a program (no C compiler, an old GPU), one warning says so.
     """
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     if device in _failed:
         return False
     if _interpreted():
@@ -85,9 +87,15 @@ def _builds(device: torch.device) -> bool:
                 matches = _matches(one, one, patches, one, mask, one, mask, 2, added)
                 matches[0].sum().item()  # waits, so that a fault shows here
     except Exception as error:  # Triton raises what its compilers and drivers do
+        if _ran_out(error):
+            raise  # it may build when there is room
         _tell(error)
         return False
     return True
+
+
+def _ran_out(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)  # cuBLAS
 
 
 def _tell(error: BaseException) -> None:
@@ -176,9 +184,9 @@ def _tried(*arguments) -> tuple[Tensor, Tensor] | None:
     """Return `_matches`, or None from the first failure on."""
     try:
         return _matches(*arguments)
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:  # a program of this size that the small probe did not show
+        if _ran_out(error):
+            raise
         _failed.add(arguments[0].device)
         _tell(error)
         return None

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lib.model.precision import full_precision
+
 SPHERE_DIMENSION = 512  # n of the distance-weighted sampling's q(d), fixed in SPEC 10
 LARGEST_LOGIT_SCALE = 100.0
 
@@ -195,8 +197,12 @@ class GlobalLoss(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor, image_ids: Tensor) -> Tensor:
         """Return the weighted loss of matching embeddings, (B, C) each, as a scalar."""
-        images, texts = (normalize(_wide(side), dim=-1) for side in (images, texts))
-        return self.weight * self.criterion(images @ texts.T, image_ids)
+        return self.weight * self.criterion(_cosines(images, texts), image_ids)
+
+
+@full_precision  # half precision would pick other hardest negatives
+def _cosines(images: Tensor, texts: Tensor) -> Tensor:
+    return normalize(images, dim=-1) @ normalize(texts, dim=-1).T
 
 
 def _wide(similarity: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lib.model import compiled, kernels
 from lib.model.alignment import NEGATIVE_SLOPE, best_matches, masked_average
 from lib.model.kernels import fused_matches, is_available, token_mask
 from lib.model.slimming import global_scores, min_max, selected_softmax, top_k_mask
+from lib.program import is_out_of_memory
 from tests.helpers import encode, pair_inputs, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +215,26 @@ def test_the_probe_is_of_float32_under_autocast_too(dtype, monkeypatch):
         kernels._builds.cache_clear()
     floats = {one.dtype for one in given if torch.is_tensor(one) and one.is_floating_point()}
     assert floats == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+)
+def test_a_full_gpu_is_no_program_that_can_not_be_built(error, monkeypatch, capsys):
+    def full(*some, **named):
+        raise error
+
+    monkeypatch.setattr(kernels, "_matches", full)
+    monkeypatch.setattr(kernels, "_failed", set())
+    kernels._builds.cache_clear()
+    for call in (kernels._builds, lambda device: kernels._tried(torch.ones(1, device=device))):
+        with pytest.raises(type(error)):
+            call(torch.device("cpu"))
+    assert is_out_of_memory(error)
+    assert not kernels._failed
+    assert kernels._builds.cache_info().currsize == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_fault_in_a_helper_of_a_program_is_named(capsys):

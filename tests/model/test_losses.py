@@ -11,6 +11,7 @@ from lib.errors import InputError
 from lib.methods.registry import method_names
 from lib.model.losses import (
     AlignmentLoss,
+    GlobalLoss,
     distance_weighted_triplet,
     distance_weights,
     hinge_triplet,
@@ -161,6 +162,22 @@ def test_scale_multiplies(similarity):
     whole = float(loss(similarity, IDS))
     loss.scale = 0.25
     assert float(loss(similarity, IDS)) == pytest.approx(whole / 4)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_global_loss_is_of_float32_cosines_under_autocast(half):
+    """In half precision other negatives would be the hardest."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(36, 64, generator=generator, requires_grad=True) for _ in range(2)]
+    found = []
+    for enabled in (False, True):
+        criterion = GlobalLoss(1.0)
+        criterion.criterion.hard_negatives = True
+        with torch.autocast("cpu", half, enabled=enabled):
+            loss = criterion(*sides, torch.arange(36))
+        found.append([loss, *torch.autograd.grad(loss, sides)])
+    for wide, mixed in zip(*found, strict=True):
+        torch.testing.assert_close(mixed, wide, atol=0, rtol=0)
 
 
 def test_unknown_loss_is_named():

@@ -18,7 +18,7 @@ from lib.batch import Batch
 from lib.errors import InputError
 from lib.methods.registry import method_names
 from lib.model import chunks
-from lib.model.precision import autocast_for
+from lib.model.precision import DTYPES, autocast_for
 from lib.training.optim import build_optimizer
 from lib.training.setup import encode_in_chunks, recompute_backbones
 from lib.training.update import Update
@@ -149,9 +149,10 @@ def test_a_chunk_drops_the_same_both_times(flags, monkeypatch):
 def test_a_chunk_drops_the_same_on_the_gpu(amp, monkeypatch):
     cuda = torch.device("cuda")
     batch = Batch(**untied_inputs(PAIRS, "laps")).to(cuda)
-    found = []
+    found, seen = [], set()
     for keeps_graphs in (False, True):
         model = with_dropout(model_of("laps", ROWS), 0.3).float().to(cuda)
+        model.text_encoder.proj.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
         if keeps_graphs:
             monkeypatch.setattr(chunks._ComputedAgain, "apply", with_a_graph)
         torch.manual_seed(0)
@@ -163,6 +164,7 @@ def test_a_chunk_drops_the_same_on_the_gpu(amp, monkeypatch):
     for name, kept in found[1].items():
         far = (found[0][name] - kept).norm()
         assert far <= (1e-4 if amp == "off" else 0.03) * kept.norm() + 1e-3, name
+    assert seen == {DTYPES.get(amp, torch.float32)}  # when encoded again too
 
 
 # --- mixed precision, faults -------------------------------------------------------------------
