@@ -31,7 +31,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--match_weight",
         type=float,
         default=MATCH_WEIGHT,
-        help="where that match's learnt weight starts",
+        help="where that match's learnt weight starts; a short training hardly moves it",
     )
     dense.add_argument(
         "--match_gate",
