@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import time
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.errors import InputError
+from lib.errors import InputError, InputWarning
 from lib.methods.base import Method
 from lib.model.chunks import ChunkedEncoder
 
@@ -43,10 +44,25 @@ def keep_freed_memory() -> None:
 
 
 def set_encoders_up(model: Method, cached_batch: int, gradient_checkpointing: bool) -> None:
-    """Save the encoders' memory as the flags of these names say. Raises InputError."""
+    """Save the encoders' memory as the flags of these names say. Raises InputError.
+
+    Warns where nothing would train the image encoder.
+    """
+    if _is_without_gradient(model):
+        warnings.warn(
+            f"nothing trains the image encoder: {model.name} takes the gradient from its patches, "
+            "and it has no [CLS]; --detach_patches 0 gives the gradient back",
+            InputWarning,
+            stacklevel=2,
+        )
     encode_in_chunks(model, cached_batch)
     if gradient_checkpointing:
         recompute_backbones(model)
+
+
+def _is_without_gradient(model: Method) -> bool:
+    detached = getattr(model, "detach_patches", False)
+    return detached and not model.image_encoder.has_cls and model.global_loss is None
 
 
 def encode_in_chunks(model: Method, rows: int) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import warnings
 
 import pytest
+
+from lib.errors import InputWarning
+from lib.training.setup import set_encoders_up
+from tests.helpers import pair_inputs, tiny_model
 
 FAULTS = """
 import resource, sys, torch
@@ -45,3 +50,27 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: object())
     setup.keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "learns"),
+    [
+        ("seps_released", {"image_cls": 0}, False),
+        ("seps", {"image_cls": 0, "detach_patches": 1}, False),
+        ("seps_released", {"image_cls": 1}, True),
+        ("seps_released", {"image_cls": 0, "detach_patches": 0}, True),
+        ("seps_released", {"image_cls": 0, "global_weight": 1.0}, True),
+        ("vse", {"image_cls": 0}, True),
+    ],
+)
+def test_an_image_encoder_that_nothing_trains_is_told(method, flags, learns):
+    model = tiny_model(method, **flags)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        set_encoders_up(model, 0, False)
+    sentences = [str(one.message) for one in told if one.category is InputWarning]
+    assert len(sentences) == (0 if learns else 1)
+    assert all(f"nothing trains the image encoder: {method} " in one for one in sentences)
+    model.training_losses(**pair_inputs(4, method, **flags))["loss"].backward()
+    weights = list(model.image_encoder.parameters())
+    assert any(one.grad is not None and one.grad.any() for one in weights) == learns
