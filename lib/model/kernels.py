@@ -33,6 +33,7 @@ from torch.nn.functional import leaky_relu, normalize
 
 from lib.model import compiled, native, native_gradients
 from lib.model.alignment import NEGATIVE_SLOPE, best_matches
+from lib.program import is_out_of_memory
 
 try:
     import triton
@@ -87,15 +88,11 @@ def _builds(device: torch.device) -> bool:
                 matches = _matches(one, one, patches, one, mask, one, mask, 2, added)
                 matches[0].sum().item()  # waits, so that a fault shows here
     except Exception as error:  # Triton raises what its compilers and drivers do
-        if _ran_out(error):
+        if is_out_of_memory(error):
             raise  # it may build when there is room
         _tell(error)
         return False
     return True
-
-
-def _ran_out(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)  # cuBLAS
 
 
 def _tell(error: BaseException) -> None:
@@ -185,7 +182,7 @@ def _tried(*arguments) -> tuple[Tensor, Tensor] | None:
     try:
         return _matches(*arguments)
     except Exception as error:  # a program of this size that the small probe did not show
-        if _ran_out(error):
+        if is_out_of_memory(error):
             raise
         _failed.add(arguments[0].device)
         _tell(error)

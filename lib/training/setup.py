@@ -61,8 +61,9 @@ def set_encoders_up(model: Method, cached_batch: int, gradient_checkpointing: bo
 
 
 def _is_without_gradient(model: Method) -> bool:
-    detached = getattr(model, "detach_patches", False)
-    return detached and not model.image_encoder.has_cls and model.global_loss is None
+    detached = getattr(model, "detach_patches", False) and not model.image_encoder.has_cls
+    gate = getattr(getattr(model, "dense_match", None), "gate", None)  # it reads patches too
+    return detached and gate is None and model.global_loss is None
 
 
 def encode_in_chunks(model: Method, rows: int) -> None:

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 from lib.errors import InputWarning
 from lib.training.setup import set_encoders_up
@@ -26,6 +27,9 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+DETACHED = {"image_cls": 0, "detach_patches": 1}
 
 
 def has_mallopt() -> bool:
@@ -56,15 +60,19 @@ def test_another_c_library_is_left_alone(monkeypatch):
     ("method", "flags", "learns"),
     [
         ("seps_released", {"image_cls": 0}, False),
-        ("seps", {"image_cls": 0, "detach_patches": 1}, False),
+        ("seps", DETACHED, False),
         ("seps_released", {"image_cls": 1}, True),
         ("seps_released", {"image_cls": 0, "detach_patches": 0}, True),
         ("seps_released", {"image_cls": 0, "global_weight": 1.0}, True),
+        ("seps", {**DETACHED, "dense_match": "max_mean"}, False),
+        ("seps", {**DETACHED, "dense_match": "max_mean", "match_gate": "image"}, True),
         ("vse", {"image_cls": 0}, True),
     ],
 )
 def test_an_image_encoder_that_nothing_trains_is_told(method, flags, learns):
     model = tiny_model(method, **flags)
+    if "match_gate" in flags:
+        torch.nn.init.ones_(model.dense_match.gate.weight)  # as after a step: it starts at 0
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         set_encoders_up(model, 0, False)
